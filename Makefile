@@ -1,0 +1,48 @@
+# Every command that the README names. The first one makes .venv and installs what is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 5001
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: help install demo serve test test-all check format docs bench clean
+help: ## Say what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed ## Make .venv with the pins of conda.yaml and the development tools
+$(VENV)/.installed: pyproject.toml conda.yaml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
+	@echo "installing into $(VENV) (PyTorch is the large part; later runs skip this)"
+	@$(PYTHON) -m venv $(VENV)
+	@sed -n 's/^ *- \([A-Za-z0-9._-]*==.*\)$$/\1/p' conda.yaml > $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install ## Start Azure's server on the embedded model, post the sample request, print the answer, stop
+	@$(BIN)/mptserve demo --port $(PORT)
+
+serve: install ## Keep the server running; AZUREML_MODEL_DIR=/models/mpt-7b serves your own model
+	@$(BIN)/mptserve serve --port $(PORT)
+
+test: install ## The fast tests: CPU, offline
+	@$(BIN)/python -m pytest
+
+test-all: install ## The slow ones too
+	@$(BIN)/python -m pytest -m 'not gpu and not azure'
+
+check: install ## Format check, lint, types, generated docs up to date
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/python -m mptserve.docs --check README.md
+
+format: install ## Reformat, fix what lint can, refresh generated docs
+	@$(BIN)/ruff check --fix-only --quiet .
+	@$(BIN)/ruff format .
+	@$(BIN)/python -m mptserve.docs README.md
+
+bench: install ## Measure this machine: our engine beside transformers, the server under load
+	@$(BIN)/python benchmarks/cpu.py
+
+clean: ## Remove what make made
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis score/mptserve.egg-info

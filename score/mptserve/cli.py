@@ -1,0 +1,90 @@
+"""The `mptserve` command: serve a model on this machine through Azure's own server, or see it answer once."""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
+
+SAMPLES = SCORE_DIR.parent / "samples"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="mptserve", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="keep azmlinfsrv running on the model in AZUREML_MODEL_DIR")
+    demo = commands.add_parser("demo", help="start it, post one request, print the answer, stop")
+    for command in (serve, demo):
+        command.add_argument("--port", type=int, default=5001)
+        command.add_argument(
+            "--model-dir", default=os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m"), help="checkpoint folder"
+        )
+        command.add_argument("--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post")
+    args = parser.parse_args(argv)
+    try:
+        with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:
+            print(f"starting azmlinfsrv on port {args.port} with {args.model_dir}", flush=True)
+            print(f"healthy after {server.wait_until_healthy():.1f} s", flush=True)
+            return _demo(server, args.request) if args.command == "demo" else _serve(server, args.request)
+    except ServerDied as exc:
+        print(exc, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+
+
+class _Echo:
+    """Prints the server's progress; with `everything`, its whole log once it is up."""
+
+    def __init__(self, everything: bool) -> None:
+        self.everything, self.ready = everything, False
+
+    def __call__(self, line: str) -> None:
+        told = progress_line(line)
+        if told:
+            print(f"  {told}", flush=True)
+            self.ready = self.ready or told.startswith("engine ready")
+        elif self.everything and self.ready:
+            print(line, flush=True)
+
+
+def _demo(server: Server, request: Path) -> int:
+    """Post the request once and print what a user wants to see of it."""
+    body = request.read_bytes()
+    print(f"\nPOST {server.url}/score\n{body.decode().strip()}\n")
+    started = time.monotonic()
+    posted = urllib.request.Request(server.url + "/score", body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(posted) as response:
+        answer = json.load(response)
+        seconds = time.monotonic() - started
+        tokens = sum(_counts(response.headers["x-mpt-generated-tokens"]))
+        status, reason = response.status, response.headers["x-mpt-finish-reason"]
+    print(json.dumps(answer, indent=2, ensure_ascii=False))
+    print(f"\nstatus {status}, finished by {reason}, {tokens} tokens in {seconds * 1000:.0f} ms, {tokens / seconds:.0f} tokens/s")
+    return 0
+
+
+def _counts(header: str) -> list[int]:
+    """Return the numbers of a header such as `10 12*3` (three sequences of 12)."""
+    found: list[int] = []
+    for part in header.split():
+        value, _, times = part.partition("*")
+        found += [int(value)] * int(times or 1)
+    return found
+
+
+def _serve(server: Server, request: Path) -> int:
+    """Print how to call the server, then wait for it to end or for Ctrl-C."""
+    data = shlex.quote(json.dumps(json.loads(request.read_text(encoding="utf-8"))))
+    print(f"\n  curl -H 'Content-Type: application/json' -d {data} {server.url}/score\n\nCtrl-C stops it.", flush=True)
+    return server.process.wait()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""Logits to tokens: one batched pass over the rows of a step, each with its own parameters and its own randomness.
+
+Randomness is a counter, not a state: the noise of a token is a hash of (seed, how many tokens came before, token id).
+So a row's choice does not depend on its place in the batch, on its neighbours, or on what ran before, and the same
+seed gives the same text after a preemption or on another machine with equal logits. Adding Gumbel noise to log
+probabilities and taking the largest is sampling from them (the Gumbel-max trick).
+
+No full sort: the 64 most likely tokens with log probabilities normalised over the whole vocabulary decide most rows;
+the rows whose filters keep more than those are done again over 1024, and then over all. All reductions are per row (log_softmax,
+cumsum, topk), so a row's bits do not depend on the batch either.
+"""
+
+import math
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mptserve.engine.sequence import SamplingParams, Sequence, Token, penalty_state
+
+CANDIDATES = (64, 1024, 1 << 62)
+"""How many of the most likely tokens each try looks at."""
+_GOLDEN, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+"""Constants of splitmix64 (Steele, Lea, Flood 2014), as signed 64-bit numbers."""
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One token per row; `finite[i]` is False where the logits were not numbers, and the token then means nothing."""
+
+    tokens: list[Token]
+    finite: list[bool]
+
+
+def sample(logits: Tensor, rows: Seq[Sequence], eos_ids: Tensor) -> Sampled:
+    """Return the next token of each row.
+
+    logits: [n, V] float32; changed in place by penalties.  eos_ids: [E] int64, forbidden before `min_new_tokens`.
+    """
+    raw = _log_probabilities(logits, rows)  # before anything changes the logits
+    for i, seq in enumerate(rows):
+        _penalise(logits[i], seq, eos_ids)
+    finite = logits.amax(-1).isfinite()
+    drawn = [i for i, seq in enumerate(rows) if seq.params.temperature > 0]
+    if len(drawn) == len(rows):
+        ids = _draw(logits, rows).tolist()
+    else:
+        best = logits.argmax(-1)
+        if drawn:
+            best[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
+        ids = best.tolist()
+    return Sampled([_token(i, id, seq, raw) for i, (id, seq) in enumerate(zip(ids, rows, strict=True))], finite.tolist())
+
+
+def _penalise(logits: Tensor, seq: Sequence, eos_ids: Tensor) -> None:
+    """Apply the penalties of one row to its logits [V], in place."""
+    p = seq.params
+    if len(seq.out) < p.min_new_tokens:
+        logits[eos_ids] = -torch.inf
+    if p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0:
+        return
+    seen, counts = penalty_state(seq, len(logits), logits.device)
+    if p.repetition_penalty != 1:
+        r = p.repetition_penalty
+        logits.copy_(torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits))
+    logits.sub_(counts * p.frequency_penalty + (counts > 0) * p.presence_penalty)
+
+
+def _draw(logits: Tensor, rows: Seq[Sequence], attempt: int = 0) -> Tensor:
+    """Return one sampled token id per row, [n]. Filters in `transformers`' order: top_k, top_p, min_p."""
+    n, n_vocab = logits.shape
+    params, device = [seq.params for seq in rows], logits.device
+    column = torch.tensor(
+        [(p.temperature, p.top_p, p.min_p, p.top_k or n_vocab) for p in params], dtype=torch.float32, device=device
+    ).T[..., None]
+    temperature, top_p, min_p, top_k = column
+    seeds = torch.tensor([p.seed for p in params], device=device)[:, None]
+    steps = torch.tensor([len(seq.out) for seq in rows], device=device)[:, None]
+
+    log_p = (logits / temperature).log_softmax(-1)
+    if all(_unfiltered(p) for p in params):
+        return (log_p + gumbel(seeds, steps, torch.arange(n_vocab, device=device))).argmax(-1)
+
+    k = min(CANDIDATES[attempt], n_vocab)
+    log_p, ids = log_p.topk(k)  # most likely first
+    rank = torch.arange(k, device=device)
+    keep = rank < top_k
+    if any(p.top_k for p in params):  # top_p counts the mass of what top_k left
+        log_p = torch.where(top_k < n_vocab, log_p.masked_fill(~keep, -torch.inf).log_softmax(-1), log_p)
+    p = log_p.exp()
+    keep &= (p.cumsum(-1) - p < top_p) | (top_p >= 1)
+    keep &= p >= min_p * p[:, :1]
+    chosen = (log_p + gumbel(seeds, steps, ids)).masked_fill_(~keep, -torch.inf).argmax(-1, keepdim=True)
+    drawn = ids.gather(-1, chosen)[:, 0]
+
+    if k < n_vocab:  # a row whose last candidate was still good may keep more behind it
+        cut_short = (top_k > k) & (keep[:, -1:] | (top_k < n_vocab))  # a top_k beyond k has not been normalised right
+        again = cut_short.nonzero()[:, 0].tolist()
+        if again:
+            drawn[again] = _draw(logits[again], [rows[i] for i in again], attempt + 1)
+    return drawn
+
+
+def _unfiltered(p: SamplingParams) -> bool:
+    return p.top_k == 0 and p.top_p >= 1 and p.min_p == 0
+
+
+def gumbel(seeds: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
+    """Return Gumbel noise, float32, for each (seed, step, token id); int64 inputs that broadcast.
+
+    The same bits of randomness on every device: integer arithmetic that wraps, then 24 bits to (0, 1).
+    """
+    x = _mix(_mix(seeds + steps * _GOLDEN) + ids * _GOLDEN)
+    uniform = (((x >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    return -(-uniform.log()).log()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser; `>>` on int64 keeps the sign, so the copied sign bits are masked away."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX_1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX_2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def derived_seed(seed: int, sequence: int) -> int:
+    """Return the seed of the n-th sequence of a prompt: the request's own for the first, else a 53-bit hash of both."""
+    if sequence == 0:
+        return seed
+    x = torch.tensor(seed + sequence * 0x9E3779B9, dtype=torch.int64)
+    return int(_mix(_mix(x) + sequence)) & ((1 << 53) - 1)
+
+
+def _log_probabilities(logits: Tensor, rows: Seq[Sequence]) -> dict[int, Tensor]:
+    """Return the model's own log probabilities [V] of the rows that report them, by row number."""
+    wanted = [i for i, seq in enumerate(rows) if seq.params.logprobs is not None]
+    return dict(zip(wanted, logits[wanted].log_softmax(-1), strict=True)) if wanted else {}
+
+
+def _token(i: int, id: int, seq: Sequence, raw: dict[int, Tensor]) -> Token:
+    if i not in raw:
+        return Token(id)
+    top = raw[i].topk(min(seq.params.logprobs or 0, len(raw[i])))
+    pairs = tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    value = raw[i][id].item()
+    return Token(id, value if math.isfinite(value) else -1e30, pairs)

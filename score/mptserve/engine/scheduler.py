@@ -1,0 +1,127 @@
+"""Decides what the next step computes: who is admitted, who decodes, whose prompt goes on, who must make room.
+
+Continuous batching (Orca, OSDI 2022): sequences join and leave between steps. Admission is first come, first served,
+as soon as the cache has room for the prompt; nobody overtakes, so nobody starves. Prompts are computed in chunks next
+to the decoding rows, so that a long one does not stall the others. When memory runs out, the youngest sequence gives
+its room back and returns to the head of the queue; what it had generated is kept and only its keys and values are
+computed again, in the same way as the first time, so its answer is the same.
+"""
+
+import time
+from collections import deque
+from typing import Protocol
+
+from mptserve.engine.attention import Chunk
+from mptserve.engine.kv_cache import reusable
+from mptserve.engine.sequence import BLOCK, Sequence
+
+
+class Cache(Protocol):
+    """The methods of kv_cache.py's two stores."""
+
+    n_blocks: int
+
+    @property
+    def n_free_blocks(self) -> int: ...
+    @property
+    def n_cached_blocks(self) -> int: ...
+    def matched(self, seq: Sequence) -> int: ...
+    def acquire(self, seq: Sequence) -> bool: ...
+    def extend(self, seq: Sequence, n_tokens: int) -> bool: ...
+    def register(self, seq: Sequence) -> None: ...
+    def release(self, seq: Sequence) -> None: ...
+    def wipe(self, seq: Sequence) -> None: ...
+
+
+class Scheduler:
+    """Queues and cache of one engine. Only the engine's thread calls it.
+
+    exact_resume: after a preemption, feed generated tokens one by one as the first time, instead of as one prompt;
+    slower, but bit for bit the same (worth it on a CPU, where the kernels are exact too).
+    """
+
+    def __init__(self, cache: Cache, max_rows: int, prefill_tokens: int, exact_resume: bool) -> None:
+        self.cache, self.max_rows, self.exact_resume = cache, max_rows, exact_resume
+        self.prefill_tokens = max(prefill_tokens // BLOCK, 1) * BLOCK
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.n_preemptions = 0
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def next_step(self) -> tuple[list[Sequence], list[Chunk]]:
+        """Return (decoding rows, prompt chunks) of the next step; both empty when there is nothing to do."""
+        self._admit()
+        for seq in list(self.running):  # oldest first, so it is the youngest that make room
+            while seq in self.running and not self.cache.extend(seq, seq.n_computed + 1):
+                self._preempt(self.running[-1])
+        budget = self.prefill_tokens
+        decodes: list[Sequence] = []
+        chunks: list[Chunk] = []
+        for seq in self.running:
+            left = self._n_prefill(seq) - seq.n_computed
+            if left <= 0:
+                decodes.append(seq)
+            elif budget >= BLOCK:
+                n = min(left, budget // BLOCK * BLOCK)
+                if not self.cache.extend(seq, seq.n_computed + n):
+                    n = min(left, BLOCK)  # the block of the next token is there already
+                chunks.append(Chunk(seq, seq.n_computed, n))
+                budget -= n
+        return decodes, chunks
+
+    def advance(self, decodes: list[Sequence], chunks: list[Chunk]) -> None:
+        """Note that the step was computed."""
+        for seq in decodes:
+            seq.n_computed += 1
+        for chunk in chunks:
+            chunk.seq.n_computed += chunk.n
+            self.cache.register(chunk.seq)
+
+    def retire(self) -> None:
+        """Drop finished, cancelled and late sequences, wherever they are, and free their memory."""
+        now = time.monotonic()
+        for seq in (*self.running, *self.waiting):
+            if seq.finish_reason is None and seq.cancelled:
+                seq.finish("cancelled")
+            elif seq.finish_reason is None and seq.deadline is not None and now >= seq.deadline:
+                seq.finish("deadline")
+        for seq in self.running:
+            if seq.finish_reason is not None:
+                self.cache.release(seq)
+        if any(s.finish_reason is not None for s in self.running):
+            self.running = [s for s in self.running if s.finish_reason is None]
+        if any(s.finish_reason is not None for s in self.waiting):
+            self.waiting = deque(s for s in self.waiting if s.finish_reason is None)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_rows:
+            seq = self.waiting[0]
+            if self._prefix_is_coming(seq) or not self.cache.acquire(seq):
+                return
+            self.waiting.popleft()
+            seq.timings.admitted = seq.timings.admitted or time.monotonic()
+            self.running.append(seq)
+
+    def _prefix_is_coming(self, seq: Sequence) -> bool:
+        """Whether a running prompt is about to compute blocks that `seq` could then reuse (the same prompt n times)."""
+        keys = reusable(seq)
+        if not keys:
+            return False
+        n_now = self.cache.matched(seq)
+        for other in self.running:
+            if other.n_computed < other.n_prompt and len(keys) > n_now and keys[n_now] in other.block_keys:
+                return True
+        return False
+
+    def _n_prefill(self, seq: Sequence) -> int:
+        return seq.n_prompt if self.exact_resume else seq.n_tokens
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.n_preemptions += 1
+        seq.n_preempted += 1
+        self.running.remove(seq)
+        self.cache.release(seq)
+        seq.n_computed = 0
+        self.waiting.appendleft(seq)

@@ -1,0 +1,123 @@
+"""Puts an engine together from a checkpoint and settings."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mptserve.engine import MPTEngine, SamplingParams
+from mptserve.engine.attention import PagedAttention, SlotAttention
+from mptserve.engine.checkpoint import WeightReader
+from mptserve.engine.config import MPTConfig
+from mptserve.engine.kv_cache import PagedCache, SlotCache, n_blocks_for
+from mptserve.engine.memory import available_bytes, available_cores
+from mptserve.engine.model import MPT
+from mptserve.engine.runner import Attention, Runner
+from mptserve.engine.scheduler import Cache, Scheduler
+from mptserve.engine.sequence import BLOCK, Sequence
+from mptserve.engine.weights import Placement, check_fit, choose_placement, load_model
+from mptserve.errors import DoesNotFit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """The settings that concern the engine; meanings and units as in settings.py."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    max_seq_len: int = 0
+    kv_cache_gb: float = 0.0
+    max_rows: int = 32
+    prefill_tokens: int = 512
+    queue_limit: int = 256
+    cpu_threads: int = 0
+
+
+def start_engine(
+    folder: Path,
+    config: MPTConfig,
+    n_tokens: int,
+    options: EngineOptions,
+    *,
+    on_finish: Callable[[Sequence], None] = lambda _: None,
+    on_failure: Callable[[str], None] = lambda _: None,
+) -> MPTEngine:
+    """Return a running, warmed-up engine for the checkpoint in `folder`; raises StartupError's children."""
+    started = time.monotonic()
+    place = choose_placement(options.device, options.dtype)
+    if place.device.type == "cpu":
+        torch.set_num_threads(options.cpu_threads or available_cores())
+    max_seq_len = options.max_seq_len or config.max_seq_len
+    reader = WeightReader(folder, config)
+    check_fit(config, place, max_seq_len)
+    model = load_model(reader, config, place, n_tokens)
+    _warm_up(assemble(model, place, min(max_seq_len, 4 * BLOCK), options))
+    engine = assemble(model, place, max_seq_len, options, on_finish=on_finish, on_failure=on_failure)
+    log.info(
+        "engine ready",
+        extra={
+            "numbers": {
+                "device": str(place.device),
+                "dtype": str(place.dtype),
+                "parameters": config.n_parameters,
+                "max_tokens": engine.max_tokens,
+                "kv_blocks": engine.scheduler.cache.n_blocks,
+                "seconds": time.monotonic() - started,
+            }
+        },
+    )
+    return engine
+
+
+def assemble(
+    model: MPT,
+    place: Placement,
+    max_seq_len: int,
+    options: EngineOptions,
+    *,
+    on_finish: Callable[[Sequence], None] = lambda _: None,
+    on_failure: Callable[[str], None] = lambda _: None,
+) -> MPTEngine:
+    """Return a running engine around a loaded model, its cache sized from the memory that is free now."""
+    config = model.config
+    n_blocks = _n_blocks(config, place, max_seq_len, options)
+    cache: Cache
+    attention: Attention
+    if place.device.type == "cpu":
+        slots = SlotCache(config, n_blocks, options.max_rows, min(max_seq_len, n_blocks * BLOCK))
+        cache, attention = slots, SlotAttention(config, slots)
+    else:
+        pages = PagedCache(config, n_blocks, place.kv_dtype, place.device)
+        cache, attention = pages, PagedAttention(config, pages)
+    return MPTEngine(
+        Runner(model, attention),
+        Scheduler(cache, options.max_rows, options.prefill_tokens, exact_resume=place.device.type == "cpu"),
+        max_tokens=min(max_seq_len, n_blocks * BLOCK),
+        queue_limit=options.queue_limit,
+        on_finish=on_finish,
+        on_failure=on_failure,
+    )
+
+
+def _n_blocks(config: MPTConfig, place: Placement, max_seq_len: int, options: EngineOptions) -> int:
+    """Return the blocks that the cache may hold: as set, or a share of free memory, never more than can be used."""
+    block_bytes = BLOCK * config.kv_bytes_per_token(place.kv_dtype.itemsize)
+    if options.kv_cache_gb:
+        budget = options.kv_cache_gb * 1e9
+    else:  # a GPU is ours; a machine's memory is also the page cache's and the HTTP server's
+        budget = available_bytes(place.device) * (0.9 if place.device.type == "cuda" else 0.5)
+    n_blocks = min(int(budget // block_bytes), options.max_rows * n_blocks_for(max_seq_len))
+    if n_blocks < 2:
+        raise DoesNotFit(f"{budget / 1e9:.3f} GB for the KV cache is less than two blocks of {block_bytes / 1e9:.3f} GB")
+    return n_blocks
+
+
+def _warm_up(engine: MPTEngine) -> None:
+    """Generate a little and throw it away, so that the first caller does not wait for allocators and kernel choices."""
+    engine.submit([0] * min(2 * BLOCK, engine.max_tokens - 4), SamplingParams(max_new_tokens=3, ignore_eos=True)).result()
+    engine.close()

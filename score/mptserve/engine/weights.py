@@ -1,0 +1,149 @@
+"""Checkpoint folder to loaded model: where it runs, in which dtype, whether it fits, and the tensors themselves."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mptserve.engine.checkpoint import WeightReader
+from mptserve.engine.config import MPTConfig
+from mptserve.engine.memory import available_bytes
+from mptserve.engine.model import MPT, Block, Linear, Norm, PackedLinear, PlainLinear, can_pack
+from mptserve.errors import BadSetting, DoesNotFit
+
+log = logging.getLogger(__name__)
+
+MIN_KV_TOKENS = 2048
+"""A server that cannot hold this many tokens (or one full context, if shorter) is not worth starting."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model runs. kv_dtype: of the keys and values, which are float32 on a CPU (see kv_cache.py)."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "cpu" else self.dtype
+
+
+def choose_placement(device: str, dtype: str) -> Placement:
+    """Return device and dtype for the settings' words; raises BadSetting when the hardware lacks what they ask for."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadSetting("MPT_DEVICE is cuda, but PyTorch finds no usable GPU")
+    where = torch.device(device)
+    if dtype == "auto":
+        dtype = _best_dtype(where)
+    chosen: torch.dtype = getattr(torch, dtype)
+    if where.type == "cpu" and chosen == torch.float16:
+        raise BadSetting("MPT_DTYPE float16 is for GPUs; use bfloat16 or float32 on a CPU")
+    return Placement(where, chosen)
+
+
+def _best_dtype(device: torch.device) -> str:
+    """bfloat16 where there are instructions for it: half the bytes to read, and decoding is reading."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if native else "float32"
+
+
+def check_fit(config: MPTConfig, place: Placement, max_seq_len: int) -> None:
+    """Raise DoesNotFit, with the numbers, unless weights and a minimum of KV cache fit in free memory."""
+    weights = config.n_parameters * place.dtype.itemsize
+    tokens = min(MIN_KV_TOKENS, max_seq_len)
+    kv = tokens * config.kv_bytes_per_token(place.kv_dtype.itemsize)
+    free = available_bytes(place.device)
+    log.info(
+        "preflight",
+        extra={"numbers": {"weights_gb": weights / 1e9, "min_kv_gb": kv / 1e9, "free_gb": free / 1e9}},
+    )
+    if weights + kv > free:
+        raise DoesNotFit(
+            f"{config.n_parameters / 1e9:.2f} B parameters in {place.dtype} take {weights / 1e9:.1f} GB and the keys and "
+            f"values of {tokens} tokens {kv / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on {place.device}"
+        )
+
+
+def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_tokens: int) -> MPT:
+    """Return the model on its device.
+
+    n_tokens: how many ids the tokenizer has; vocabulary rows beyond are padding and are cut off the output head.
+    Tensors go one by one from the file to their place, so the peak is the model and one tensor.
+    """
+    make = _linear_maker(place)
+    progress = _Progress(config.n_parameters * place.dtype.itemsize)
+
+    def tensor(name: str) -> Tensor:
+        t = reader.read(name).to(device=place.device, dtype=place.dtype)
+        progress.add(t.numel() * t.itemsize)
+        return t
+
+    def bias(name: str) -> Tensor | None:
+        return None if config.no_bias else tensor(f"{name}.bias")
+
+    def norm(name: str) -> Norm:
+        return Norm(tensor(f"{name}.weight"), bias(name), config.layer_norm_epsilon)
+
+    def linear(name: str) -> Linear:
+        return make(tensor(f"{name}.weight"), bias(name))
+
+    def block(i: int) -> Block:
+        at = f"transformer.blocks.{i}"
+        return Block(
+            norm_1=norm(f"{at}.norm_1"),
+            Wqkv=linear(f"{at}.attn.Wqkv"),
+            q_ln=norm(f"{at}.attn.q_ln") if config.qk_ln else None,
+            k_ln=norm(f"{at}.attn.k_ln") if config.qk_ln else None,
+            out_proj=linear(f"{at}.attn.out_proj"),
+            norm_2=norm(f"{at}.norm_2"),
+            up_proj=linear(f"{at}.ffn.up_proj"),
+            down_proj=linear(f"{at}.ffn.down_proj"),
+        )
+
+    with torch.inference_mode():
+        wte = tensor("transformer.wte.weight")
+        blocks = [block(i) for i in range(config.n_layers)]
+        n_tokens = min(n_tokens, config.vocab_size)
+        head = wte if config.tie_word_embeddings else tensor("lm_head.weight")
+        model = MPT(config, wte, blocks, norm("transformer.norm_f"), make(head[:n_tokens], None), n_tokens)
+    progress.done()
+    return model
+
+
+def _linear_maker(place: Placement) -> Callable[[Tensor, Tensor | None], Linear]:
+    return PackedLinear if place.device.type == "cpu" and can_pack(place.dtype) else PlainLinear
+
+
+class _Progress:
+    """Logs how far the loading is, about every two seconds."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total, self.read = total_bytes, 0
+        self.started = self.logged = time.monotonic()
+
+    def add(self, n_bytes: int) -> None:
+        self.read += n_bytes
+        if time.monotonic() - self.logged > 2:
+            self.logged = time.monotonic()
+            self._log("loading weights")
+
+    def done(self) -> None:
+        self._log("weights loaded")
+
+    def _log(self, message: str) -> None:
+        seconds = time.monotonic() - self.started
+        numbers = {
+            "percent": round(100 * self.read / self.total),
+            "gb": self.read / 1e9,
+            "seconds": seconds,
+            "gb_per_s": self.read / 1e9 / max(seconds, 1e-9),
+        }
+        log.info(message, extra={"numbers": numbers})

@@ -1,0 +1,114 @@
+"""The OpenAPI (Swagger) description of `/score`, made from the request schema in the version that is asked for."""
+
+import json
+from typing import Any
+
+from mptserve import __version__
+from mptserve.request import openapi_parameters
+
+ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "code": {"type": "string"},
+                "message": {"type": "string"},
+                "field": {"type": "string"},
+                "request_id": {"type": "string"},
+            },
+            "required": ["code", "message", "request_id"],
+        }
+    },
+    "required": ["error"],
+}
+ANSWER = {
+    "type": "array",
+    "description": "One record per prompt; keys count its sequences. `details` are added on request.",
+    "items": {"type": "object", "additionalProperties": {"type": ["string", "object"]}},
+    "example": [{"0": "the meaning of life is to find your gift"}],
+}
+STATUSES = {
+    "200": "The generated text; server-sent events when `stream` is true.",
+    "400": "The request breaks a rule; `code`, `field` and `message` say which.",
+    "413": "The body or a prompt is too large.",
+    "429": "Too many requests are waiting; come back after `Retry-After` seconds.",
+    "500": "A failure of the server; the log has the trace under `request_id`.",
+    "503": "The server is shutting down.",
+    "504": "The deadline passed and partial answers are off.",
+}
+EXAMPLE = {
+    "input_data": {
+        "input_string": ["the meaning of life is"],
+        "parameters": {"temperature": 0.5, "top_p": 0.5, "max_new_tokens": 10, "do_sample": True},
+    }
+}
+
+
+def openapi(schema: dict[str, Any], version: str) -> dict[str, Any]:
+    """Return the document in version "2", "3" or "3.1".
+
+    Only 3.1 speaks the request schema's own dialect (JSON Schema 2020-12). The older ones lose what they cannot say:
+    `null`, and in version 2 every choice between forms, which becomes the model card's form.
+    """
+    request = openapi_parameters(schema)
+    definitions = request.pop("$defs")
+    for key in ("$schema", "$id"):
+        request.pop(key)
+    prefix = "#/definitions/" if version == "2" else "#/components/schemas/"
+    schemas = {"ServiceInput": request | {"example": EXAMPLE}, "ServiceOutput": ANSWER, "Error": ERROR} | definitions
+    schemas = json.loads(json.dumps(schemas).replace("#/$defs/", prefix))
+    if version == "2":
+        schemas["ServiceInput"] = schemas["ServiceInput"]["oneOf"][0] | {"example": EXAMPLE}
+    if version != "3.1":
+        schemas = _older(schemas, version)
+
+    def content(name: str) -> dict[str, Any]:
+        ref = {"schema": {"$ref": prefix + name}}
+        return ref if version == "2" else {"content": {"application/json": ref}}
+
+    operation: dict[str, Any] = {
+        "operationId": "score",
+        "summary": "Continue one or several prompts.",
+        "responses": {
+            status: {"description": text} | content("ServiceOutput" if status == "200" else "Error")
+            for status, text in STATUSES.items()
+        },
+    }
+    document: dict[str, Any] = {
+        "info": {"title": "MPT text generation", "version": __version__},
+        "paths": {"/score": {"post": operation}},
+    }
+    if version == "2":
+        operation["parameters"] = [{"in": "body", "name": "request", "required": True} | content("ServiceInput")]
+        types = {"consumes": ["application/json"], "produces": ["application/json", "text/event-stream"]}
+        return {"swagger": "2.0"} | document | types | {"definitions": schemas}
+    operation["requestBody"] = {"required": True} | content("ServiceInput")
+    full = "3.1.0" if version == "3.1" else "3.0.3"
+    return {"openapi": full} | document | {"components": {"schemas": schemas}}
+
+
+def _older(value: Any, version: str) -> Any:
+    """Rewrite one schema for OpenAPI 3.0 or Swagger 2, whose dialects predate JSON Schema 2020-12."""
+    if isinstance(value, list):
+        return [_older(item, version) for item in value]
+    if not isinstance(value, dict):
+        return value
+    value = dict(value)
+    if isinstance(value.get("exclusiveMinimum"), int | float):
+        value |= {"minimum": value["exclusiveMinimum"], "exclusiveMinimum": True}
+    if "examples" in value:
+        value["example"] = value.pop("examples")[0]
+    nullable = isinstance(value.get("type"), list)
+    if nullable:
+        value["type"] = next(t for t in reversed(value["type"]) if t != "null")
+    choices = [c for c in value.get("anyOf", []) if c != {"type": "null"}]
+    if len(choices) < len(value.get("anyOf", [])):
+        nullable = True
+        value = {k: v for k, v in value.items() if k != "anyOf"} | (choices[0] if len(choices) == 1 else {"anyOf": choices})
+    if version == "2" and "anyOf" in value:
+        if value.get("title") or len(value["anyOf"]) > 0:
+            value |= value.pop("anyOf")[-1]
+    if nullable:
+        value["x-nullable" if version == "2" else "nullable"] = True
+    return {key: _older(item, version) for key, item in value.items()}

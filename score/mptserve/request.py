@@ -1,0 +1,340 @@
+"""Bytes of a request to a GenerateRequest: every rule is checked here, and nowhere after.
+
+The rules are in `request.schema.json`, limits that an operator sets are laid over them. The body's dialect is found
+first, so that each message can point at the caller's own field instead of saying that no form matched.
+"""
+
+import difflib
+import json
+import secrets
+from copy import deepcopy
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, NoReturn
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import ValidationError, best_match
+
+from mptserve.engine import SamplingParams
+from mptserve.errors import BadSetting, InvalidRequest, TooLarge
+from mptserve.settings import Settings
+
+GREEDY_BELOW = 0.01
+"""Temperatures below this are greedy: dividing logits by less overflows."""
+
+
+@dataclass(frozen=True)
+class PromptRequest:
+    """One prompt and the parameters that may differ from prompt to prompt. `pointer`: where the prompt stands."""
+
+    prompt: str
+    pointer: str
+    sampling: SamplingParams
+    truncate: int | None
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """A checked request in the one form that the service knows."""
+
+    prompts: list[PromptRequest]
+    stop: tuple[str, ...]
+    num_return_sequences: int
+    return_full_text: bool
+    stream: bool
+    details: bool
+    output_format: str
+
+
+@dataclass(frozen=True)
+class _Located:
+    """A part of the body and the JSON pointer to it."""
+
+    value: Any
+    pointer: str
+
+
+class RequestParser:
+    """The request rules of one deployment: the schema under the operator's limits and defaults."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.max_body_bytes = settings.max_body_bytes
+        self.schema = request_schema(settings)
+        defs = self.schema["$defs"]
+        self.rules: dict[str, dict[str, Any]] = defs["parameters"]["properties"]
+        self._validators = {name: Draft202012Validator(rule | {"$defs": defs}) for name, rule in self.rules.items()}
+        self._prompt_list = Draft202012Validator(defs["prompt_list"] | {"$defs": defs})
+        self.defaults = {name: rule["default"] for name, rule in self.rules.items() if "default" in rule}
+        try:
+            self.defaults |= self._checked(_Located(settings.default_parameters, "MPT_DEFAULTS"), n_prompts=None)
+        except InvalidRequest as exc:
+            raise BadSetting(f"MPT_DEFAULTS: {exc.message}") from exc
+
+    def parse(self, body: bytes) -> GenerateRequest:
+        """Return the request in `body`.
+
+        Raises TooLarge for a body over the limit and InvalidRequest, with a code and a JSON pointer, for everything
+        else that is wrong with it.
+        """
+        if len(body) > self.max_body_bytes:
+            raise body_too_large(len(body), self.max_body_bytes)
+        prompts, parameters = _dialect(_json(body))
+        if isinstance(prompts.value, str):
+            texts = [prompts]
+        else:
+            self._check(self._prompt_list, prompts.value, prompts.pointer)
+            texts = [_Located(text, f"{prompts.pointer}/{i}") for i, text in enumerate(prompts.value)]
+        for text in texts:
+            _well_formed(text)
+        given = self._checked(parameters, n_prompts=len(texts))
+        values = self.defaults | given
+        if "stop_sequences" in given:
+            values["stop"] = given["stop_sequences"]
+        if values.get("logprobs") is not None and not values["details"]:
+            _refuse("`logprobs` are part of the details; ask for `details` too", f"{parameters.pointer}/logprobs")
+        return GenerateRequest(
+            prompts=[
+                self._prompt(text, _of_prompt(values, i), parameters.pointer) for i, text in enumerate(texts)
+            ],
+            stop=tuple(_listed(values["stop"])),
+            num_return_sequences=int(values["num_return_sequences"]),
+            return_full_text=values["return_full_text"],
+            stream=values["stream"],
+            details=values["details"],
+            output_format=values["output_format"],
+        )
+
+    def _prompt(self, text: _Located, values: dict[str, Any], pointer: str) -> PromptRequest:
+        max_new, min_new = int(values["max_new_tokens"]), int(values["min_new_tokens"])
+        if min_new > max_new:
+            _refuse(
+                f"`min_new_tokens` must be at most `max_new_tokens` ({max_new}), got {min_new}",
+                f"{pointer}/min_new_tokens",
+                code="out_of_range",
+            )
+        greedy = not values["do_sample"] or values["temperature"] < GREEDY_BELOW
+        sampling = SamplingParams(
+            max_new_tokens=max_new,
+            min_new_tokens=min_new,
+            temperature=0.0 if greedy else float(values["temperature"]),
+            top_p=float(values["top_p"]),
+            top_k=int(values["top_k"]),
+            min_p=float(values["min_p"]),
+            repetition_penalty=float(values["repetition_penalty"]),
+            presence_penalty=float(values["presence_penalty"]),
+            frequency_penalty=float(values["frequency_penalty"]),
+            seed=int(values["seed"]) if "seed" in values else secrets.randbits(32),
+            ignore_eos=values["ignore_eos"],
+            logprobs=_optional_int(values.get("logprobs")),
+        )
+        return PromptRequest(text.value, text.pointer, sampling, _optional_int(values.get("truncate")))
+
+    def _checked(self, parameters: _Located, n_prompts: int | None) -> dict[str, Any]:
+        """Return the given parameters, each checked; nulls are left out. n_prompts None: no lists per prompt."""
+        if not isinstance(parameters.value, dict):
+            _refuse(f"parameters must be an object, got {_kind(parameters.value)}", parameters.pointer, code="wrong_type")
+        given = {name: value for name, value in parameters.value.items() if value is not None}
+        for name, value in given.items():
+            pointer = f"{parameters.pointer}/{_escape(name)}"
+            if name not in self.rules:
+                _refuse(_unknown(name, list(self.rules)), pointer, code="unknown_parameter")
+            if isinstance(value, list) and self.rules[name].get("x-per-prompt") and n_prompts is not None:
+                if len(value) != n_prompts:
+                    _refuse(
+                        f"`{name}` as a list needs one value per prompt ({n_prompts}), got {len(value)}",
+                        pointer,
+                        code="wrong_length",
+                    )
+                for i, item in enumerate(value):
+                    self._check(self._validators[name], item, f"{pointer}/{i}", name=name)
+            else:
+                self._check(self._validators[name], value, pointer, name=name)
+        if "stop" in given and "stop_sequences" in given:
+            _refuse("`stop` and `stop_sequences` are the same; give one", f"{parameters.pointer}/stop_sequences")
+        for name in ("stop", "stop_sequences"):
+            for i, text in enumerate(_listed(given.get(name, []))):
+                _well_formed(_Located(text, f"{parameters.pointer}/{name}/{i}"))
+        return given
+
+    def _check(self, validator: "Draft202012Validator", value: Any, pointer: str, name: str = "") -> None:
+        error = best_match(validator.iter_errors(value))
+        if error is not None:
+            path = "".join(f"/{_escape(str(part))}" for part in error.absolute_path)
+            code, rule = _rule(error)
+            subject = f"`{name}`" if name and not path else f"`{pointer}{path}`"
+            _refuse(f"{subject} must {rule}, got {_kind(error.instance)}", pointer + path, code=code)
+
+
+def request_schema(settings: Settings) -> dict[str, Any]:
+    """Return the JSON Schema (2020-12) of a request under the operator's limits."""
+    schema: dict[str, Any] = json.loads(files("mptserve").joinpath("request.schema.json").read_text(encoding="utf-8"))
+    rules = schema["$defs"]["parameters"]["properties"]
+    rules["max_new_tokens"]["maximum"] = rules["min_new_tokens"]["maximum"] = settings.max_new_tokens
+    rules["max_new_tokens"]["default"] = min(rules["max_new_tokens"]["default"], settings.max_new_tokens)
+    rules["num_return_sequences"]["maximum"] = settings.max_sequences
+    rules["output_format"]["default"] = settings.output_format
+    schema["$defs"]["prompt_list"]["maxItems"] = settings.max_prompts
+    for name, value in settings.default_parameters.items():
+        if name in rules:
+            rules[name]["default"] = value
+    return schema
+
+
+def openapi_parameters(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return `schema` with what `x-per-prompt` and null mean spelled out in plain JSON Schema."""
+    schema = deepcopy(schema)
+    for name, rule in schema["$defs"]["parameters"]["properties"].items():
+        notes = {key: rule.pop(key) for key in ("description", "default") if key in rule}
+        forms = [rule, {"type": "null"}]
+        if rule.pop("x-per-prompt", False):
+            forms.insert(1, {"type": "array", "items": dict(rule)})
+        schema["$defs"]["parameters"]["properties"][name] = notes | {"anyOf": forms}
+    return schema
+
+
+def body_too_large(n_bytes: int, limit: int) -> TooLarge:
+    return TooLarge(f"the body must be at most {limit} bytes, got {n_bytes}", code="body_too_large")
+
+
+def _json(body: bytes) -> Any:
+    if not body:
+        _refuse("the body is empty; it must be a JSON object", "", code="invalid_json")
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as exc:
+        _refuse(f"the body must be UTF-8; byte {exc.start} is not", "", code="invalid_json")
+    except RecursionError:
+        _refuse("the body is nested too deeply", "", code="invalid_json")
+    except json.JSONDecodeError as exc:
+        _refuse(f"the body must be JSON; line {exc.lineno}, column {exc.colno}: {exc.msg}", "", code="invalid_json")
+    except ValueError:  # an integer of thousands of digits
+        _refuse("the body holds a number that is too long", "", code="invalid_json")
+
+
+def _no_constant(name: str) -> NoReturn:
+    _refuse(f"the body must be JSON, which has no {name}", "", code="invalid_json")
+
+
+def _dialect(body: Any) -> tuple[_Located, _Located]:
+    """Return (prompts, parameters) from any of the forms that clients send; see request.schema.json."""
+    if not isinstance(body, dict):
+        _refuse(f"the body must be a JSON object, got {_kind(body)}", "", code="wrong_type")
+    key = "inputs" if "inputs" in body and "input_data" not in body else "input_data"
+    if key not in body:
+        _refuse("`input_data` is missing: the prompts go there, as `input_data.input_string`", "", code="missing_field")
+    inner, beside = body[key], "parameters"
+    if isinstance(inner, dict):
+        allowed = {"input_string", "parameters"} if key == "input_data" else {"input_string"}
+        _only(inner, allowed, f"/{key}")
+        if "input_string" not in inner:
+            _refuse(f"`/{key}/input_string` is missing: the prompts go there", f"/{key}", code="missing_field")
+        prompts = _Located(inner["input_string"], f"/{key}/input_string")
+    else:
+        prompts = _Located(inner, f"/{key}")
+        beside = "params" if key == "input_data" else "parameters"
+    _only(body, {key, beside}, "")
+    if isinstance(inner, dict) and "parameters" in inner and "parameters" in body:
+        _refuse("parameters are given twice, in `input_data` and beside it", "/parameters", code="invalid_request")
+    if isinstance(inner, dict) and "parameters" in inner:
+        return prompts, _Located(_or_empty(inner["parameters"]), f"/{key}/parameters")
+    return prompts, _Located(_or_empty(body.get(beside)), f"/{beside}")
+
+
+def _or_empty(parameters: Any) -> Any:
+    return {} if parameters is None else parameters
+
+
+def _only(value: dict[str, Any], allowed: set[str], pointer: str) -> None:
+    for name in value:
+        if name not in allowed:
+            _refuse(_unknown(name, sorted(allowed)), f"{pointer}/{_escape(name)}", code="unknown_field")
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    """Name the nearest known field; the unknown one is shortened, as it may hold anything."""
+    near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.5)
+    hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
+    shown = name if len(name) <= 40 and name.isidentifier() else f"a name of {len(name)} characters"
+    return f"{'`' + shown + '`' if shown == name else shown} is not known; {hint}"
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _well_formed(text: _Located) -> None:
+    """Refuse text that JSON can spell and UTF-8 cannot: halves of surrogate pairs."""
+    try:
+        text.value.encode("utf-8")
+    except UnicodeEncodeError as exc:
+        _refuse(
+            f"`{text.pointer}` must be Unicode text; character {exc.start} is half of a surrogate pair",
+            text.pointer,
+            code="invalid_text",
+        )
+
+
+def _of_prompt(values: dict[str, Any], i: int) -> dict[str, Any]:
+    """Return the parameters of the i-th prompt; `stop` is the one list that is no list per prompt."""
+    return {k: v[i] if isinstance(v, list) and k not in ("stop", "stop_sequences") else v for k, v in values.items()}
+
+
+def _optional_int(value: Any) -> int | None:
+    return None if value is None else int(value)
+
+
+def _rule(error: ValidationError) -> tuple[str, str]:
+    """Return the stable code and the words for a broken JSON Schema rule."""
+    limit = error.validator_value
+    match error.validator:
+        case "type":
+            return "wrong_type", f"be {_article(limit)}"
+        case "minimum":
+            return "out_of_range", f"be at least {limit}"
+        case "maximum":
+            return "out_of_range", f"be at most {limit}"
+        case "exclusiveMinimum":
+            return "out_of_range", f"be above {limit}"
+        case "minItems":
+            return "wrong_length", f"have at least {limit} item"
+        case "maxItems":
+            return "wrong_length", f"have at most {limit} items"
+        case "minLength":
+            return "wrong_length", "not be empty"
+        case "maxLength":
+            return "wrong_length", f"have at most {limit} characters"
+        case "enum":
+            return "out_of_range", "be one of " + ", ".join(f"`{v}`" for v in limit)
+        case _:
+            return "wrong_type", "be a string or a list of strings"
+
+
+def _article(kind: str) -> str:
+    return {"integer": "a whole number", "array": "a list", "object": "an object"}.get(kind, f"a {kind}")
+
+
+def _kind(value: Any) -> str:
+    """Return the type and size of a value; its content only where it is a number."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            text = str(value)
+            return text if len(text) <= 24 else f"a number of {len(text)} digits"
+        case str():
+            return f"a string of {len(value)} characters"
+        case list():
+            return f"a list of {len(value)}"
+        case _:
+            return f"an object of {len(value)}"
+
+
+def _escape(part: str) -> str:
+    """Escape one step of a JSON pointer (RFC 6901), shortened: pointers go into logs and names can be anything."""
+    return part[:64].replace("~", "~0").replace("/", "~1")
+
+
+def _refuse(message: str, pointer: str, code: str = "invalid_request") -> NoReturn:
+    raise InvalidRequest(message, field=pointer, code=code)

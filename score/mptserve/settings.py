@@ -1,0 +1,114 @@
+"""Every environment variable of the package, read once into a frozen dataclass.
+
+`FIELDS` below is also what `make docs` prints into the README: name, type, default, unit, use.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mptserve.errors import BadSetting
+
+
+def _setting(env: str, default: Any, use: str, *, low: float = 0, high: float = 1e12, choices: tuple[str, ...] = ()) -> Any:
+    return field(
+        default=default, metadata={"env": env, "use": use, "low": low, "high": high, "choices": choices}
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What an operator can set. Numbers carry their unit in the name; 0 often means "decide for me"."""
+
+    model_dir: str = _setting("AZUREML_MODEL_DIR", "", "folder with the checkpoint, at any usual depth below it")
+    engine: str = _setting(
+        "MPT_ENGINE", "mpt", "`transformers` is the reference engine, one request at a time", choices=("mpt", "transformers")
+    )
+    device: str = _setting("MPT_DEVICE", "auto", "where the model runs", choices=("auto", "cpu", "cuda"))
+    dtype: str = _setting(
+        "MPT_DTYPE",
+        "auto",
+        "auto: bfloat16 where the hardware computes it, else float16 (GPU) or float32 (CPU)",
+        choices=("auto", "bfloat16", "float16", "float32"),
+    )
+    max_seq_len: int = _setting(
+        "MPT_MAX_SEQ_LEN", 0, "context limit in tokens; 0: the checkpoint's; more is allowed, ALiBi extrapolates", high=1 << 20
+    )
+    kv_cache_gb: float = _setting(
+        "MPT_KV_CACHE_GB", 0.0, "memory for keys and values in GB; 0: from what is free after loading", high=1e4
+    )
+    max_rows: int = _setting("MPT_MAX_ROWS", 32, "sequences computed in one step", low=1, high=1024)
+    prefill_tokens: int = _setting(
+        "MPT_PREFILL_TOKENS", 512, "prompt tokens computed in one step, beside the rows that decode", low=32, high=65536
+    )
+    queue_limit: int = _setting(
+        "MPT_QUEUE_LIMIT", 256, "sequences that may wait; one more is answered 429", low=0, high=1_000_000
+    )
+    cpu_threads: int = _setting("MPT_CPU_THREADS", 0, "threads of the CPU engine; 0: one per core", high=1024)
+    deadline_ms: int = _setting(
+        "MPT_DEADLINE_MS", 170_000, "time a request may take; below Azure's request_timeout_ms", low=1, high=86_400_000
+    )
+    deadline_action: str = _setting(
+        "MPT_DEADLINE_ACTION", "partial", "at the deadline: answer what there is, or 504", choices=("partial", "error")
+    )
+    output_format: str = _setting(
+        "MPT_OUTPUT_FORMAT", "records", "shape of the answer when a request does not name one", choices=("records", "columns", "list")
+    )
+    max_body_bytes: int = _setting("MPT_MAX_BODY_BYTES", 16_000_000, "larger bodies are answered 413", low=1, high=100_000_000)
+    max_prompts: int = _setting("MPT_MAX_PROMPTS", 128, "prompts in one request", low=1, high=100_000)
+    max_new_tokens: int = _setting("MPT_MAX_NEW_TOKENS", 4096, "largest `max_new_tokens` a request may ask for", low=1, high=1 << 20)
+    max_sequences: int = _setting("MPT_MAX_SEQUENCES", 16, "largest `num_return_sequences`", low=1, high=1024)
+    defaults: str = _setting("MPT_DEFAULTS", "{}", 'JSON object of parameters used when a request omits them, e.g. `{"temperature": 0.7}`')
+    log_level: str = _setting("MPT_LOG_LEVEL", "INFO", "level of the JSON log", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+
+    @property
+    def default_parameters(self) -> dict[str, Any]:
+        """Return `defaults` as a dict; its keys and values are checked against the request schema at start."""
+        value: dict[str, Any] = json.loads(self.defaults)
+        return value
+
+
+FIELDS = dataclasses.fields(Settings)
+
+
+def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Return the settings of this process.
+
+    Raises BadSetting naming the variable, the rule and the value; also for an `MPT_…` variable that does not
+    exist, so that a typo cannot silently become a default.
+    """
+    env = os.environ if environ is None else environ
+    known = {f.metadata["env"] for f in FIELDS}
+    for name in env:
+        if name.startswith("MPT_") and name not in known:
+            raise BadSetting(f"{name} is not a setting; the settings are {', '.join(sorted(known))}")
+    values = {f.name: _parse(f, env[f.metadata["env"]]) for f in FIELDS if env.get(f.metadata["env"], "") != ""}
+    settings = Settings(**values)
+    try:
+        defaults = json.loads(settings.defaults)
+    except ValueError as exc:
+        raise BadSetting(f"MPT_DEFAULTS must be a JSON object, got {settings.defaults!r}") from exc
+    if not isinstance(defaults, dict):
+        raise BadSetting(f"MPT_DEFAULTS must be a JSON object, got {type(defaults).__name__}")
+    return settings
+
+
+def _parse(f: "dataclasses.Field[Any]", text: str) -> Any:
+    rule = f.metadata
+    if f.type is str:
+        value = str(Path(text).expanduser()) if rule["env"] == "AZUREML_MODEL_DIR" else text
+        if rule["choices"] and value not in rule["choices"]:
+            raise BadSetting(f"{rule['env']} must be one of {', '.join(rule['choices'])}, got {text!r}")
+        return value
+    kind = int if f.type is int else float
+    try:
+        number = kind(text)
+    except ValueError as exc:
+        raise BadSetting(f"{rule['env']} must be a number ({kind.__name__}), got {text!r}") from exc
+    if not rule["low"] <= number <= rule["high"]:
+        raise BadSetting(f"{rule['env']} must be between {rule['low']:g} and {rule['high']:g}, got {text}")
+    return number

@@ -1,0 +1,36 @@
+"""Azure ML's online door: azmlinfsrv calls init() once and run(request) for every request to /score.
+
+The host loads this file by its path, so the folder is put on sys.path first: the package beside this file is the one
+that runs, never an installed copy.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from azureml_inference_server_http.api.aml_request import rawhttp  # noqa: E402 - after the path is set
+from flask import Request, Response, g  # noqa: E402
+
+from mptserve import azml_host  # noqa: E402
+from mptserve.log import set_up_logging  # noqa: E402
+from mptserve.service import Service  # noqa: E402
+from mptserve.settings import read_settings  # noqa: E402
+
+service: Service
+
+
+def init() -> None:
+    """Load the model from AZUREML_MODEL_DIR; an exception here stops the deployment and says what to change."""
+    global service
+    settings = read_settings()
+    set_up_logging(settings.log_level)
+    service = Service(settings, on_failure=azml_host.exit_on_failure)
+    azml_host.add_routes(service)
+    azml_host.drain_on_sigterm(service)
+
+
+@rawhttp
+def run(request: Request) -> Response:
+    """Answer one request; `g.request_id` is the host's, and goes back in the x-request-id header."""
+    return azml_host.score(service, request, g.request_id)
