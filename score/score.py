@@ -26,6 +26,7 @@ def init() -> None:
     settings = read_settings()
     set_up_logging(settings.log_level)
     service = Service(settings, on_failure=azml_host.exit_on_failure)
+    azml_host.keep_answers_private()
     azml_host.add_routes(service)
     azml_host.drain_on_sigterm(service)
 

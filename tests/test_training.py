@@ -36,8 +36,7 @@ def tell_stories(n_documents: int, seed: int) -> list[str]:
         return f"{rng.choice(who)} {rng.choice(does)} {rng.choice(what)}.".capitalize()
 
     return [
-        f"Story {number}.\n\n" + " ".join(sentence() for _ in range(rng.randint(2, 5)))
-        for number in range(n_documents)
+        f"Story {number}.\n\n" + " ".join(sentence() for _ in range(rng.randint(2, 5))) for number in range(n_documents)
     ]
 
 
@@ -60,9 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     sizes = ["--d-model", "48", "--n-layers", "2", "--n-heads", "3", "--context", "48", "--batch-size", "8"]
     run = ["--learning-rate", "0.02", "--minutes", "5", "--max-steps", "60", "--seed", "3", "--device", "cpu"]
     first_loss, last_loss = train.main(["--tokens", f"{tokens}", "--out", f"{model}", *sizes, *run])
-    return SimpleNamespace(
-        documents=documents, tokens=tokens, model=model, first_loss=first_loss, last_loss=last_loss
-    )
+    return SimpleNamespace(documents=documents, tokens=tokens, model=model, first_loss=first_loss, last_loss=last_loss)
 
 
 def test_packed_tokens_decode_to_every_document_once(trained):
@@ -87,9 +84,7 @@ def test_special_tokens_have_the_ids_of_the_embedded_model(trained):
 
 def test_tokenizer_gives_unseen_text_back(trained):
     tokenizer = Tokenizer.from_file(str(trained.model / "tokenizer.json"))
-    text = (
-        " Zoë's café: 12 % off 🦊🏳️‍🌈 — 東京\r\n\tdef f(x):  return x\x00"  # in NFC, as the tokenizer makes it
-    )
+    text = " Zoë's café: 12 % off 🦊🏳️‍🌈 — 東京\r\n\tdef f(x):  return x\x00"  # in NFC, as the tokenizer makes it
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
@@ -104,9 +99,7 @@ def test_held_out_documents_stay_held_out_when_files_change(tmp_path):
 
 
 def test_document_that_occurs_twice_is_kept_once(tmp_path):
-    (tmp_path / "one.txt").write_text(
-        "Same.\n<|endoftext|>\nOther.\n<|endoftext|>\nSame.\n", encoding="utf-8"
-    )
+    (tmp_path / "one.txt").write_text("Same.\n<|endoftext|>\nOther.\n<|endoftext|>\nSame.\n", encoding="utf-8")
     (tmp_path / "two.txt").write_text("Same.\n\n", encoding="utf-8")
     assert sorted(prepare.read_documents(tmp_path).values()) == ["Other.", "Same."]
 
@@ -121,9 +114,7 @@ def test_logits_equal_transformers(trained):
     ours = train.MPT(SHAPE)
     weights = load_file(trained.model / "model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    ours.load_state_dict(
-        weights
-    )  # strict: every name and shape is the checkpoint's; values are widened to float32
+    ours.load_state_dict(weights)  # strict: every name and shape is the checkpoint's; values are widened to float32
     token_ids = torch.from_numpy(np.load(trained.tokens / "val.npy")[:192].astype(np.int64)).view(2, 96)
     with torch.no_grad():
         expected = reference(token_ids).logits
@@ -181,6 +172,4 @@ def test_too_few_tokens_for_a_window_is_an_error(tmp_path):
     np.save(tmp_path / "val.npy", np.zeros(512, dtype=np.uint16))
     with pytest.raises(SystemExit) as error:
         train.load_tokens(tmp_path / "val.npy", context=512, device="cpu")
-    assert (
-        str(error.value) == f"{tmp_path / 'val.npy'} holds 512 tokens; one window needs `--context` + 1 = 513"
-    )
+    assert str(error.value) == f"{tmp_path / 'val.npy'} holds 512 tokens; one window needs `--context` + 1 = 513"

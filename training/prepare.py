@@ -51,11 +51,7 @@ def read_documents(folder: Path) -> dict[str, str]:
     """
     documents = {}
     for path in sorted(folder.glob("*.txt")) + sorted(folder.glob("*.txt.xz")):
-        with (
-            lzma.open(path, "rt", encoding="utf-8")
-            if path.suffix == ".xz"
-            else path.open(encoding="utf-8") as file
-        ):
+        with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else path.open(encoding="utf-8") as file:
             content = file.read()
         for part in re.split(rf"^{re.escape(END_OF_TEXT)}$", content, flags=re.MULTILINE):
             if text := part.strip("\n"):
@@ -117,20 +113,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the checked command line; a bad value ends the program with its name and rule."""
     parser = argparse.ArgumentParser(description="Turn a folder of texts into a tokenizer and packed tokens.")
     parser.add_argument("--corpus", type=Path, required=True, help="folder of *.txt and *.txt.xz files")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for tokenizer.json, train.npy and val.npy"
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, default=8192, help="tokens, special ones included (default 8192)"
-    )
-    parser.add_argument(
-        "--val-every", type=int, default=200, help="hold out one document in this many (default 200)"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json, train.npy and val.npy")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="tokens, special ones included (default 8192)")
+    parser.add_argument("--val-every", type=int, default=200, help="hold out one document in this many (default 200)")
     arguments = parser.parse_args(argv)
     if not SMALLEST_VOCAB <= arguments.vocab_size <= 2**16:  # ids are stored as uint16
-        parser.error(
-            f"`--vocab-size` must be between {SMALLEST_VOCAB} and {2**16}, got {arguments.vocab_size}"
-        )
+        parser.error(f"`--vocab-size` must be between {SMALLEST_VOCAB} and {2**16}, got {arguments.vocab_size}")
     if arguments.val_every < 2:
         parser.error(f"`--val-every` must be at least 2, got {arguments.val_every}")
     return arguments

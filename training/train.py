@@ -212,9 +212,7 @@ def make_optimizer(model: MPT) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=BETAS, fused=matrices[0].is_cuda)
 
 
-def train(
-    model: MPT, train_ids: Tensor, val_ids: Tensor, arguments: argparse.Namespace
-) -> tuple[float, float]:
+def train(model: MPT, train_ids: Tensor, val_ids: Tensor, arguments: argparse.Namespace) -> tuple[float, float]:
     """Train the model in place; return its validation loss before and after, in nats per token.
 
     train_ids, val_ids: [tokens] int32 on the model's device.
@@ -299,9 +297,7 @@ def config_json(shape: Shape) -> dict[str, Any]:
 def save_checkpoint(model: MPT, shape: Shape, tokenizer_file: Path, out: Path) -> None:
     """Write config.json, model.safetensors in bfloat16 and a copy of the tokenizer into the folder `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()
-    }
+    weights = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "config.json").write_text(json.dumps(config_json(shape), indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(tokenizer_file, out / "tokenizer.json")
@@ -311,9 +307,7 @@ def load_tokens(path: Path, context: int, device: str) -> Tensor:
     """Return a packed token file as [tokens] int32 on the device; uint16 has too few operations in torch."""
     token_ids = np.load(path)
     if len(token_ids) <= context:
-        raise SystemExit(
-            f"{path} holds {len(token_ids)} tokens; one window needs `--context` + 1 = {context + 1}"
-        )
+        raise SystemExit(f"{path} holds {len(token_ids)} tokens; one window needs `--context` + 1 = {context + 1}")
     return torch.from_numpy(token_ids.astype(np.int32)).to(device)
 
 
@@ -333,9 +327,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak, for AdamW")
     parser.add_argument("--minutes", type=float, default=3.3, help="training time on the clock")
     parser.add_argument("--max-steps", type=int, help="stop after so many steps if the minutes are not over")
-    parser.add_argument(
-        "--seed", type=int, default=1234, help="for the first weights and the choice of windows"
-    )
+    parser.add_argument("--seed", type=int, default=1234, help="for the first weights and the choice of windows")
     parser.add_argument(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",

@@ -1,7 +1,7 @@
 """What azmlinfsrv, Azure's inference server, needs to know of us and does not ask: routes, responses, signals.
 
-Uses its private `routes` module, guarded: if a later version has no such thing, `/score` works all the same and a
-warning says what is missing.
+Uses its private `routes` and `config` modules, guarded: if a later version has no such thing, `/score` works all the
+same and a warning says what is missing.
 """
 
 import json
@@ -10,11 +10,15 @@ import os
 import signal
 import socket
 import threading
+import time
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 from flask import Request, Response, request
+from gunicorn.http.errors import ParseException
+from werkzeug.exceptions import ClientDisconnected
 
 from mptserve.errors import InvalidRequest, ScoringError
 from mptserve.openapi import openapi
@@ -22,6 +26,13 @@ from mptserve.request import body_too_large
 from mptserve.service import Answer, Service
 
 log = logging.getLogger(__name__)
+
+METHODS = "POST, OPTIONS"
+BROKEN_BODY = (OSError, ClientDisconnected, ParseException)
+DISCARD_BYTES = 100_000_000
+"""So much of a body that is too large is read and forgotten; the nginx of Azure's images lets no more through."""
+SILENCE_S = 60.0
+"""A client that sends nothing of its body, or takes nothing of its stream, for so long gives its thread back."""
 
 
 class StreamedResponse(Response):
@@ -37,14 +48,19 @@ class StreamedResponse(Response):
 
 def score(service: Service, req: Request, request_id: str) -> Response:
     """Answer one HTTP request to /score."""
-    if req.method != "POST":
-        return error(MethodNotAllowed(f"/score takes POST, got {req.method}"), request_id)
-    limit = service.settings.max_body_bytes
-    length = req.content_length or 0
-    body = b"" if length > limit else req.stream.read(limit + 1)
-    if length > limit or len(body) > limit:
-        return error(body_too_large(max(length, len(body)), limit), request_id)
-    return respond(service.generate(body, request_id, alive=lambda: not client_gone(req)))
+    started = time.monotonic()
+    if req.method == "OPTIONS":  # a browser asks before it posts; the host adds the CORS headers where they are on
+        return Response(status=200, headers={"Allow": METHODS})
+    try:
+        if req.method != "POST":
+            raise MethodNotAllowed(f"/score takes POST, got {req.method}")
+        body = read_body(req, service.settings.max_body_bytes)
+    except ScoringError as exc:
+        return refuse(service, exc, request_id, started)
+    answer = service.generate(body, request_id, alive=lambda: not client_gone(req))
+    if answer.events is not None and (sock := client_socket(req)) is not None:
+        sock.settimeout(SILENCE_S)  # gunicorn has none, and takes it off again before the next request
+    return respond(answer)
 
 
 class MethodNotAllowed(InvalidRequest):
@@ -52,6 +68,42 @@ class MethodNotAllowed(InvalidRequest):
 
     status = 405
     code = "method_not_allowed"
+
+
+def read_body(req: Request, limit: int) -> bytes:
+    """Return the request's body. Raises TooLarge, once it is read, and InvalidRequest when it does not come whole."""
+    length = req.content_length or 0
+    with silence_limit(client_socket(req)):
+        try:
+            body = b"" if length > limit else req.stream.read(limit + 1)
+        except BROKEN_BODY as exc:
+            raise InvalidRequest("the body ended early, or its chunks are malformed", code="incomplete_body") from exc
+        if max(length, len(body)) > limit:
+            discard(req.stream)
+            raise body_too_large(max(length, len(body)), limit)
+    if len(body) < length:
+        raise InvalidRequest(f"the body ended after {len(body)} of {length} bytes", code="incomplete_body")
+    return body
+
+
+def discard(stream: IO[bytes]) -> None:
+    """Read on for a while: a client that cannot finish sending never sees the answer."""
+    left = DISCARD_BYTES
+    with suppress(*BROKEN_BODY):
+        while left > 0 and (piece := stream.read(1 << 20)):
+            left -= len(piece)
+
+
+@contextmanager
+def silence_limit(sock: socket.socket | None) -> Iterator[None]:
+    """Let reads from `sock` fail after SILENCE_S without a byte; gunicorn would wait for ever, in a thread we need."""
+    if sock is not None:
+        sock.settimeout(SILENCE_S)
+    try:
+        yield
+    finally:
+        if sock is not None:
+            sock.settimeout(None)
 
 
 def respond(answer: Answer) -> Response:
@@ -63,14 +115,18 @@ def respond(answer: Answer) -> Response:
     return StreamedResponse(answer.events, answer.status, headers, mimetype="text/event-stream")
 
 
-def error(exc: ScoringError, request_id: str) -> Response:
-    """Return the Flask response of an error that never reached the service."""
-    return Response(json.dumps(exc.as_json(request_id)), exc.status, mimetype="application/json")
+def refuse(service: Service, exc: ScoringError, request_id: str, started: float) -> Response:
+    """Return the response of an error that never reached the service, counted and logged as the service does it."""
+    service.metrics.request(exc.status, exc.code, time.monotonic() - started)
+    numbers = {"request_id": request_id, "status": exc.status, "code": exc.code}
+    log.info("request", extra={"numbers": numbers})
+    headers = {"Allow": METHODS} if exc.status == 405 else {}
+    return Response(json.dumps(exc.as_json(request_id)), exc.status, headers, mimetype="application/json")
 
 
 def client_gone(req: Request) -> bool:
     """Whether the client has closed its connection, as far as gunicorn lets us see its socket."""
-    sock: socket.socket | None = req.environ.get("gunicorn.socket")
+    sock = client_socket(req)
     if sock is None:
         return False
     try:
@@ -81,35 +137,54 @@ def client_gone(req: Request) -> bool:
         return True
 
 
+def client_socket(req: Request) -> socket.socket | None:
+    """Return gunicorn's socket of this request; None under another server, or a test client."""
+    sock: socket.socket | None = req.environ.get("gunicorn.socket")
+    return sock
+
+
 def add_routes(service: Service) -> None:
     """Serve /metrics, /readyz and our own /swagger.json beside the host's routes."""
+    documents = {v: openapi(service.parser.schema, v) for v in ("2", "3", "3.1")}
+    aliases = {"2.0": "2", "3.0": "3"}
+
+    def swagger() -> Response | None:  # the host's own route would describe an empty object
+        if request.path == "/swagger.json" and request.method == "GET":
+            version = request.args.get("version", "2")
+            document = documents.get(aliases.get(version, version))
+            if document is not None:
+                return Response(json.dumps(document), mimetype="application/json")
+        return None
+
+    def readyz() -> Response:
+        problem = readiness_problem(service)
+        return Response(problem or "ready", 503 if problem else 200, mimetype="text/plain")
+
+    def metrics() -> Response:
+        return Response(service.metrics.exposition(), content_type="text/plain; version=0.0.4; charset=utf-8")
+
     try:
-        from azureml_inference_server_http.server import routes
+        from azureml_inference_server_http.server.routes import main_blueprint
 
-        blueprint = routes.main_blueprint
-        documents = {v: openapi(service.parser.schema, v) for v in ("2", "3", "3.1")}
-        aliases = {"2.0": "2", "3.0": "3"}
-
-        @blueprint.before_request
-        def swagger() -> Response | None:  # the host's own route would describe an empty object
-            if request.path == "/swagger.json" and request.method == "GET":
-                version = request.args.get("version", "2")
-                document = documents.get(aliases.get(version, version))
-                if document is not None:
-                    return Response(json.dumps(document), mimetype="application/json")
-            return None
-
-        def readyz() -> Response:
-            problem = readiness_problem(service)
-            return Response(problem or "ready", 503 if problem else 200, mimetype="text/plain")
-
-        def metrics() -> Response:
-            return Response(service.metrics.exposition(), mimetype="text/plain; version=0.0.4; charset=utf-8")
-
-        blueprint.add_url_rule("/readyz", "readyz", readyz)
-        blueprint.add_url_rule("/metrics", "metrics", metrics)
+        main_blueprint.before_request(swagger)
+        main_blueprint.add_url_rule("/readyz", "readyz", readyz)
+        main_blueprint.add_url_rule("/metrics", "metrics", metrics)
     except Exception:
         log.warning("this azmlinfsrv lets us add no routes: no /metrics, /readyz and /swagger.json", exc_info=True)
+
+
+def keep_answers_private() -> None:
+    """Keep answers out of Application Insights, where the host puts them whole unless told otherwise.
+
+    APP_INSIGHTS_LOG_RESPONSE_ENABLED still decides when an operator sets it.
+    """
+    try:
+        from azureml_inference_server_http.server.config import config
+
+        if "app_insights_log_response_enabled" not in config.model_fields_set:
+            config.app_insights_log_response_enabled = False
+    except Exception:
+        log.warning("this azmlinfsrv may log answers to Application Insights", exc_info=True)
 
 
 def readiness_problem(service: Service) -> str | None:
@@ -130,8 +205,25 @@ def drain_on_sigterm(service: Service) -> None:
         service.engine.drain()
         if callable(before):
             before(number, frame)
+            stop_listening(getattr(before, "__self__", None))
 
     signal.signal(signal.SIGTERM, handle)
+
+
+def stop_listening(worker: Any) -> None:
+    """Close the listening sockets of a gunicorn gthread worker that was told to stop.
+
+    It would keep them open, unread, until its last answer is out: new callers would be let in, wait for all that
+    time and then be cut off. Refused at once, they can ask another instance.
+    """
+
+    def close() -> None:
+        worker.set_accept_enabled(False)  # what the worker does next; the second time it does nothing
+        for listener in worker.sockets:
+            listener.close()
+
+    if all(hasattr(worker, name) for name in ("method_queue", "set_accept_enabled", "sockets")):
+        worker.method_queue.defer(close)  # its event loop must not lose a socket that it waits for
 
 
 def exit_on_failure(reason: str) -> None:

@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -23,10 +25,15 @@ def main(argv: list[str] | None = None) -> int:
     for command in (serve, demo):
         command.add_argument("--port", type=int, default=5001)
         command.add_argument(
-            "--model-dir", default=os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m"), help="checkpoint folder"
+            "--model-dir",
+            default=os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m"),
+            help="checkpoint folder",
         )
-        command.add_argument("--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post")
+        command.add_argument(
+            "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
+        )
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind
     try:
         with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:
             print(f"starting azmlinfsrv on port {args.port} with {args.model_dir}", flush=True)
@@ -60,13 +67,21 @@ def _demo(server: Server, request: Path) -> int:
     print(f"\nPOST {server.url}/score\n{body.decode().strip()}\n")
     started = time.monotonic()
     posted = urllib.request.Request(server.url + "/score", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(posted) as response:
-        answer = json.load(response)
-        seconds = time.monotonic() - started
-        tokens = sum(_counts(response.headers["x-mpt-generated-tokens"]))
-        status, reason = response.status, response.headers["x-mpt-finish-reason"]
-    print(json.dumps(answer, indent=2, ensure_ascii=False))
-    print(f"\nstatus {status}, finished by {reason}, {tokens} tokens in {seconds * 1000:.0f} ms, {tokens / seconds:.0f} tokens/s")
+    try:
+        with urllib.request.urlopen(posted) as response:
+            status, headers, answer = response.status, response.headers, response.read().decode()
+    except urllib.error.HTTPError as refused:
+        with refused:
+            print(f"{refused.read().decode()}\n\nstatus {refused.code}")
+        return 1
+    seconds = time.monotonic() - started
+    if headers.get_content_type() != "application/json":  # a stream; its last event says the rest
+        print(answer)
+        return 0
+    print(json.dumps(json.loads(answer), indent=2, ensure_ascii=False))
+    tokens, reason = sum(_counts(headers["x-mpt-generated-tokens"])), headers["x-mpt-finish-reason"]
+    speed = f"{tokens} tokens in {seconds * 1000:.0f} ms, {tokens / seconds:.0f} tokens/s"
+    print(f"\nstatus {status}, finished by {reason}, {speed}")
     return 0
 
 

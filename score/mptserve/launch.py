@@ -1,8 +1,12 @@
 """Starts azmlinfsrv on this package as Azure does, watches it come up, and stops it."""
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +23,7 @@ DEFAULT_THREADS = 72
 
 
 class ServerDied(Exception):
-    """The server ended before it was healthy; the message is the end of its output."""
+    """The server could not start or ended before it was healthy; the message says why, as far as its output does."""
 
 
 def host_environment(threads: int = DEFAULT_THREADS) -> dict[str, str]:
@@ -48,10 +52,16 @@ class Server:
         cwd: Path | None = None,
         echo: Callable[[str], None] = lambda _: None,
     ) -> None:
+        _check_port(port)
         self.port, self.url = port, f"http://127.0.0.1:{port}"
         self.lines: deque[str] = deque(maxlen=2000)
         self._echo = echo
-        env = os.environ | host_environment() | {"AZUREML_MODEL_DIR": str(Path(model_dir).resolve())} | dict(environ or {})
+        env = (
+            os.environ
+            | host_environment()
+            | {"AZUREML_MODEL_DIR": str(Path(model_dir).resolve())}
+            | dict(environ or {})
+        )
         env["PYTHONUNBUFFERED"] = "1"
         self.process = subprocess.Popen(
             [
@@ -67,7 +77,8 @@ class Server:
             cwd=cwd or score_dir,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -85,13 +96,13 @@ class Server:
         while time.monotonic() - started < timeout_s:
             if self.process.poll() is not None:
                 self._reader.join(5)
-                raise ServerDied(f"azmlinfsrv ended with {self.process.returncode}:\n" + "\n".join(list(self.lines)[-25:]))
+                raise ServerDied(f"azmlinfsrv ended with {self.process.returncode}: {why_it_died(list(self.lines))}")
             try:
                 with urllib.request.urlopen(self.url + "/", timeout=2):
                     return time.monotonic() - started
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
-        raise ServerDied(f"not healthy after {timeout_s:.0f} s:\n" + "\n".join(list(self.lines)[-25:]))
+        raise ServerDied(f"not healthy after {timeout_s:.0f} s: {why_it_died(list(self.lines))}")
 
     def stop(self, timeout_s: float = 30) -> int:
         """Ask the server to end, wait for it, and return its exit status."""
@@ -107,9 +118,31 @@ class Server:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
-            self._echo(self.lines[-1])
+        with self.process.stdout as output:
+            for line in output:  # to the end, whatever happens to our readers: a full pipe would stop the server
+                self.lines.append(line.rstrip("\n"))
+                with contextlib.suppress(OSError):
+                    self._echo(self.lines[-1])
+
+
+def _check_port(port: int) -> None:
+    """Raise ServerDied unless azmlinfsrv can have `port`: whoever has it would answer our probes in its place."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gunicorn does
+        try:
+            sock.bind(("0.0.0.0", port))
+        except (OSError, OverflowError) as exc:
+            reason = "is in use" if getattr(exc, "errno", None) == errno.EADDRINUSE else f"cannot be used ({exc})"
+            raise ServerDied(f"port {port} {reason}; choose another one") from exc
+
+
+def why_it_died(lines: list[str]) -> str:
+    """Return the package's own message from the server's output, without the tracebacks around it; else its end."""
+    starts = [i for i, line in enumerate(lines) if line.startswith("mptserve.errors.")]
+    if not starts:
+        return "\n" + "\n".join(lines[-25:])
+    message = itertools.takewhile(bool, lines[starts[-1] :])
+    return "\n".join(message).removeprefix("mptserve.errors.")
 
 
 def progress_line(line: str) -> str | None:
@@ -126,8 +159,9 @@ def progress_line(line: str) -> str | None:
         case "loading weights" | "weights loaded":
             return f"{record['message']}: {record['percent']} %, {record['gb']:.2f} GB in {record['seconds']:.1f} s"
         case "engine ready":
+            dtype = record["dtype"].removeprefix("torch.")
             return (
-                f"engine ready: {record['parameters'] / 1e6:,.1f} M parameters, {record['dtype'].removeprefix('torch.')} on "
+                f"engine ready: {record['parameters'] / 1e6:,.1f} M parameters, {dtype} on "
                 f"{record['device']}, context {record['max_tokens']} tokens, {record['kv_blocks']} KV blocks"
             )
         case _:

@@ -17,13 +17,19 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = Counter(
-            "mpt_requests", "Requests answered, by HTTP status and error code.", ["status", "code"], registry=self.registry
+            "mpt_requests",
+            "Requests answered, by HTTP status and error code.",
+            ["status", "code"],
+            registry=self.registry,
         )
         self._request_seconds = Histogram(
             "mpt_request_seconds", "From body read to answer whole.", buckets=_SECONDS, registry=self.registry
         )
         self._first_token = Histogram(
-            "mpt_first_token_seconds", "From submission to a sequence's first token.", buckets=_SECONDS, registry=self.registry
+            "mpt_first_token_seconds",
+            "From submission to a sequence's first token.",
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self._per_token = Histogram(
             "mpt_token_seconds",

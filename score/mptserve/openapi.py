@@ -22,10 +22,22 @@ ERROR = {
     },
     "required": ["error"],
 }
+RECORD = {
+    "type": "object",
+    "description": 'Texts under "0", "1", …, one for each sequence; `details` under the same keys, on request.',
+    "properties": {"details": {"type": "object", "additionalProperties": {"type": "object"}}},
+    "additionalProperties": {"type": "string"},
+}
 ANSWER = {
     "type": "array",
-    "description": "One record per prompt; keys count its sequences. `details` are added on request.",
-    "items": {"type": "object", "additionalProperties": {"type": ["string", "object"]}},
+    "description": "One record per prompt; for `columns` one of all prompts; for `list` the texts themselves.",
+    "items": {
+        "anyOf": [
+            RECORD,
+            {"type": "string"},
+            {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text", "finish_reason"]},
+        ]
+    },
     "example": [{"0": "the meaning of life is to find your gift"}],
 }
 STATUSES = {
@@ -49,7 +61,7 @@ def openapi(schema: dict[str, Any], version: str) -> dict[str, Any]:
     """Return the document in version "2", "3" or "3.1".
 
     Only 3.1 speaks the request schema's own dialect (JSON Schema 2020-12). The older ones lose what they cannot say:
-    `null`, and in version 2 every choice between forms, which becomes the model card's form.
+    `null`, and in version 2 every choice between forms, of which the first stays: the model card's.
     """
     request = openapi_parameters(schema)
     definitions = request.pop("$defs")
@@ -95,20 +107,19 @@ def _older(value: Any, version: str) -> Any:
     if not isinstance(value, dict):
         return value
     value = dict(value)
-    if isinstance(value.get("exclusiveMinimum"), int | float):
-        value |= {"minimum": value["exclusiveMinimum"], "exclusiveMinimum": True}
     if "examples" in value:
         value["example"] = value.pop("examples")[0]
-    nullable = isinstance(value.get("type"), list)
-    if nullable:
-        value["type"] = next(t for t in reversed(value["type"]) if t != "null")
-    choices = [c for c in value.get("anyOf", []) if c != {"type": "null"}]
-    if len(choices) < len(value.get("anyOf", [])):
-        nullable = True
-        value = {k: v for k, v in value.items() if k != "anyOf"} | (choices[0] if len(choices) == 1 else {"anyOf": choices})
-    if version == "2" and "anyOf" in value:
-        if value.get("title") or len(value["anyOf"]) > 0:
-            value |= value.pop("anyOf")[-1]
-    if nullable:
-        value["x-nullable" if version == "2" else "nullable"] = True
+    nullable = {"x-nullable" if version == "2" else "nullable": True}
+    if isinstance(value.get("type"), list):  # ["object", "null"]
+        value |= {"type": value["type"][0]} | nullable
+    if "anyOf" in value:
+        forms = value.pop("anyOf")
+        choices = [form for form in forms if form != {"type": "null"}]
+        if len(choices) < len(forms):
+            choices[0] = choices[0] | nullable
+        value |= choices[0] if version == "2" or len(choices) == 1 else {"anyOf": choices}
+    if "exclusiveMinimum" in value:
+        value |= {"minimum": value["exclusiveMinimum"], "exclusiveMinimum": True}
+    if "enum" in value and value.get("nullable"):
+        value["enum"] = [*value["enum"], None]
     return {key: _older(item, version) for key, item in value.items()}

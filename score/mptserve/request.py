@@ -7,6 +7,7 @@ first, so that each message can point at the caller's own field instead of sayin
 import difflib
 import json
 import secrets
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
+from jsonschema.validators import extend
 
 from mptserve.engine import SamplingParams
 from mptserve.errors import BadSetting, InvalidRequest, TooLarge
@@ -54,6 +56,15 @@ class _Located:
     pointer: str
 
 
+def _items(validator: Any, rule: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
+    """Check `items` only where `maxItems` holds: a body has room for millions of them, at 10 µs each."""
+    if not isinstance(value, list) or len(value) <= schema.get("maxItems", len(value)):
+        yield from Draft202012Validator.VALIDATORS["items"](validator, rule, value, schema)
+
+
+_Validator = extend(Draft202012Validator, {"items": _items})  # type: ignore[no-untyped-call]
+
+
 class RequestParser:
     """The request rules of one deployment: the schema under the operator's limits and defaults."""
 
@@ -62,11 +73,12 @@ class RequestParser:
         self.schema = request_schema(settings)
         defs = self.schema["$defs"]
         self.rules: dict[str, dict[str, Any]] = defs["parameters"]["properties"]
-        self._validators = {name: Draft202012Validator(rule | {"$defs": defs}) for name, rule in self.rules.items()}
-        self._prompt_list = Draft202012Validator(defs["prompt_list"] | {"$defs": defs})
+        self._validators = {name: _Validator(rule | {"$defs": defs}) for name, rule in self.rules.items()}
+        self._prompts = _Validator(defs["prompts"] | {"$defs": defs})
         self.defaults = {name: rule["default"] for name, rule in self.rules.items() if "default" in rule}
         try:
             self.defaults |= self._checked(_Located(settings.default_parameters, "MPT_DEFAULTS"), n_prompts=None)
+            _combine(self.defaults, self.defaults, "MPT_DEFAULTS")
         except InvalidRequest as exc:
             raise BadSetting(f"MPT_DEFAULTS: {exc.message}") from exc
 
@@ -79,24 +91,16 @@ class RequestParser:
         if len(body) > self.max_body_bytes:
             raise body_too_large(len(body), self.max_body_bytes)
         prompts, parameters = _dialect(_json(body))
-        if isinstance(prompts.value, str):
-            texts = [prompts]
-        else:
-            self._check(self._prompt_list, prompts.value, prompts.pointer)
-            texts = [_Located(text, f"{prompts.pointer}/{i}") for i, text in enumerate(prompts.value)]
-        for text in texts:
-            _well_formed(text)
+        self._check(self._prompts, prompts.value, prompts.pointer)
+        texts = _texts(prompts)
         given = self._checked(parameters, n_prompts=len(texts))
         values = self.defaults | given
-        if "stop_sequences" in given:
-            values["stop"] = given["stop_sequences"]
-        if values.get("logprobs") is not None and not values["details"]:
-            _refuse("`logprobs` are part of the details; ask for `details` too", f"{parameters.pointer}/logprobs")
+        own_values = [_of_prompt(values, i) for i in range(len(texts))]
+        for own in own_values:
+            _combine(own, given, parameters.pointer)
         return GenerateRequest(
-            prompts=[
-                self._prompt(text, _of_prompt(values, i), parameters.pointer) for i, text in enumerate(texts)
-            ],
-            stop=tuple(_listed(values["stop"])),
+            prompts=[_prompt(text, own) for text, own in zip(texts, own_values, strict=True)],
+            stop=tuple(values["stop"]),
             num_return_sequences=int(values["num_return_sequences"]),
             return_full_text=values["return_full_text"],
             stream=values["stream"],
@@ -104,35 +108,17 @@ class RequestParser:
             output_format=values["output_format"],
         )
 
-    def _prompt(self, text: _Located, values: dict[str, Any], pointer: str) -> PromptRequest:
-        max_new, min_new = int(values["max_new_tokens"]), int(values["min_new_tokens"])
-        if min_new > max_new:
-            _refuse(
-                f"`min_new_tokens` must be at most `max_new_tokens` ({max_new}), got {min_new}",
-                f"{pointer}/min_new_tokens",
-                code="out_of_range",
-            )
-        greedy = not values["do_sample"] or values["temperature"] < GREEDY_BELOW
-        sampling = SamplingParams(
-            max_new_tokens=max_new,
-            min_new_tokens=min_new,
-            temperature=0.0 if greedy else float(values["temperature"]),
-            top_p=float(values["top_p"]),
-            top_k=int(values["top_k"]),
-            min_p=float(values["min_p"]),
-            repetition_penalty=float(values["repetition_penalty"]),
-            presence_penalty=float(values["presence_penalty"]),
-            frequency_penalty=float(values["frequency_penalty"]),
-            seed=int(values["seed"]) if "seed" in values else secrets.randbits(32),
-            ignore_eos=values["ignore_eos"],
-            logprobs=_optional_int(values.get("logprobs")),
-        )
-        return PromptRequest(text.value, text.pointer, sampling, _optional_int(values.get("truncate")))
-
     def _checked(self, parameters: _Located, n_prompts: int | None) -> dict[str, Any]:
-        """Return the given parameters, each checked; nulls are left out. n_prompts None: no lists per prompt."""
+        """Return the given parameters, each checked; nulls are left out, `stop` is a list and the only name of itself.
+
+        n_prompts None: no lists per prompt.
+        """
         if not isinstance(parameters.value, dict):
-            _refuse(f"parameters must be an object, got {_kind(parameters.value)}", parameters.pointer, code="wrong_type")
+            _refuse(
+                f"`{parameters.pointer}` must be an object, got {_kind(parameters.value)}",
+                parameters.pointer,
+                code="wrong_type",
+            )
         given = {name: value for name, value in parameters.value.items() if value is not None}
         for name, value in given.items():
             pointer = f"{parameters.pointer}/{_escape(name)}"
@@ -152,8 +138,8 @@ class RequestParser:
         if "stop" in given and "stop_sequences" in given:
             _refuse("`stop` and `stop_sequences` are the same; give one", f"{parameters.pointer}/stop_sequences")
         for name in ("stop", "stop_sequences"):
-            for i, text in enumerate(_listed(given.get(name, []))):
-                _well_formed(_Located(text, f"{parameters.pointer}/{name}/{i}"))
+            if name in given:
+                given["stop"] = [t.value for t in _texts(_Located(given.pop(name), f"{parameters.pointer}/{name}"))]
         return given
 
     def _check(self, validator: "Draft202012Validator", value: Any, pointer: str, name: str = "") -> None:
@@ -175,8 +161,8 @@ def request_schema(settings: Settings) -> dict[str, Any]:
     rules["output_format"]["default"] = settings.output_format
     schema["$defs"]["prompt_list"]["maxItems"] = settings.max_prompts
     for name, value in settings.default_parameters.items():
-        if name in rules:
-            rules[name]["default"] = value
+        if name in rules and value is not None:
+            rules["stop" if name == "stop_sequences" else name]["default"] = value
     return schema
 
 
@@ -185,7 +171,7 @@ def openapi_parameters(schema: dict[str, Any]) -> dict[str, Any]:
     schema = deepcopy(schema)
     for name, rule in schema["$defs"]["parameters"]["properties"].items():
         notes = {key: rule.pop(key) for key in ("description", "default") if key in rule}
-        forms = [rule, {"type": "null"}]
+        forms = [*rule.get("anyOf", [rule]), {"type": "null"}]
         if rule.pop("x-per-prompt", False):
             forms.insert(1, {"type": "array", "items": dict(rule)})
         schema["$defs"]["parameters"]["properties"][name] = notes | {"anyOf": forms}
@@ -200,7 +186,7 @@ def _json(body: bytes) -> Any:
     if not body:
         _refuse("the body is empty; it must be a JSON object", "", code="invalid_json")
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant)  # PowerShell writes the mark
     except UnicodeDecodeError as exc:
         _refuse(f"the body must be UTF-8; byte {exc.start} is not", "", code="invalid_json")
     except RecursionError:
@@ -258,8 +244,14 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"{'`' + shown + '`' if shown == name else shown} is not known; {hint}"
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def _texts(found: _Located) -> list[_Located]:
+    """Return each string of a string or a list of strings."""
+    texts = [found]
+    if isinstance(found.value, list):
+        texts = [_Located(text, f"{found.pointer}/{i}") for i, text in enumerate(found.value)]
+    for text in texts:
+        _well_formed(text)
+    return texts
 
 
 def _well_formed(text: _Located) -> None:
@@ -276,7 +268,42 @@ def _well_formed(text: _Located) -> None:
 
 def _of_prompt(values: dict[str, Any], i: int) -> dict[str, Any]:
     """Return the parameters of the i-th prompt; `stop` is the one list that is no list per prompt."""
-    return {k: v[i] if isinstance(v, list) and k not in ("stop", "stop_sequences") else v for k, v in values.items()}
+    return {k: v[i] if isinstance(v, list) and k != "stop" else v for k, v in values.items()}
+
+
+def _combine(values: dict[str, Any], given: Collection[str], pointer: str) -> None:
+    """Refuse the values of one prompt where they do not go together, pointing at one of those `given`."""
+    max_new, min_new = int(values["max_new_tokens"]), int(values["min_new_tokens"])
+    if min_new > max_new:
+        _refuse(
+            f"`min_new_tokens` must be at most `max_new_tokens` ({max_new}), got {min_new}",
+            f"{pointer}/{'min_new_tokens' if 'min_new_tokens' in given else 'max_new_tokens'}",
+            code="out_of_range",
+        )
+    if values.get("logprobs") is not None and not values["details"]:
+        _refuse(
+            "`logprobs` are part of the details; ask for `details` too",
+            f"{pointer}/{'logprobs' if 'logprobs' in given else 'details'}",
+        )
+
+
+def _prompt(text: _Located, values: dict[str, Any]) -> PromptRequest:
+    greedy = not values["do_sample"] or values["temperature"] < GREEDY_BELOW
+    sampling = SamplingParams(
+        max_new_tokens=int(values["max_new_tokens"]),
+        min_new_tokens=int(values["min_new_tokens"]),
+        temperature=0.0 if greedy else float(values["temperature"]),
+        top_p=float(values["top_p"]),
+        top_k=int(values["top_k"]),
+        min_p=float(values["min_p"]),
+        repetition_penalty=float(values["repetition_penalty"]),
+        presence_penalty=float(values["presence_penalty"]),
+        frequency_penalty=float(values["frequency_penalty"]),
+        seed=int(values["seed"]) if "seed" in values else secrets.randbits(32),
+        ignore_eos=values["ignore_eos"],
+        logprobs=_optional_int(values.get("logprobs")),
+    )
+    return PromptRequest(text.value, text.pointer, sampling, _optional_int(values.get("truncate")))
 
 
 def _optional_int(value: Any) -> int | None:
@@ -285,7 +312,7 @@ def _optional_int(value: Any) -> int | None:
 
 def _rule(error: ValidationError) -> tuple[str, str]:
     """Return the stable code and the words for a broken JSON Schema rule."""
-    limit = error.validator_value
+    limit: Any = error.validator_value
     match error.validator:
         case "type":
             return "wrong_type", f"be {_article(limit)}"
@@ -296,9 +323,9 @@ def _rule(error: ValidationError) -> tuple[str, str]:
         case "exclusiveMinimum":
             return "out_of_range", f"be above {limit}"
         case "minItems":
-            return "wrong_length", f"have at least {limit} item"
+            return "wrong_length", f"have at least {_count(limit, 'item')}"
         case "maxItems":
-            return "wrong_length", f"have at most {limit} items"
+            return "wrong_length", f"have at most {_count(limit, 'item')}"
         case "minLength":
             return "wrong_length", "not be empty"
         case "maxLength":
@@ -322,13 +349,17 @@ def _kind(value: Any) -> str:
             return "a boolean"
         case int() | float():
             text = str(value)
-            return text if len(text) <= 24 else f"a number of {len(text)} digits"
+            return text if len(text) <= 24 else f"a number of {len(text.lstrip('-'))} digits"
         case str():
-            return f"a string of {len(value)} characters"
+            return f"a string of {_count(len(value), 'character')}"
         case list():
             return f"a list of {len(value)}"
         case _:
             return f"an object of {len(value)}"
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _escape(part: str) -> str:

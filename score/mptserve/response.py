@@ -10,8 +10,8 @@ from mptserve.engine import Sequence
 from mptserve.request import GenerateRequest
 from mptserve.tokenizer import Tokenizer
 
-MAX_HEADER_CHARS = 1000
-"""nginx gives up on response headers of more than 4 kB in all."""
+MAX_HEADER_CHARS = 800
+"""Of each of the four below: nginx gives up on response headers of more than 4 kB in all."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Result:
 
 def answer(request: GenerateRequest, results: list[Result], tokenizer: Tokenizer) -> Any:
     """Return the body's JSON value in the shape that the request asks for."""
-    described = [(r, details(r, tokenizer)) for r in results] if request.details else [(r, None) for r in results]
+    described = [(r, details(r, tokenizer) if request.details else None) for r in results]
     if request.output_format == "list":
         return [r.text if d is None else {"text": r.text} | d for r, d in described]
     n = request.num_return_sequences
@@ -93,7 +93,7 @@ def _runs(values: Iterable[str]) -> str:
         parts.append(value if n == 1 else f"{value}*{n}")
     text = " ".join(parts)
     if len(text) > MAX_HEADER_CHARS:
-        text = text[:MAX_HEADER_CHARS].rsplit(" ", 1)[0] + " +more"
+        text = text[: MAX_HEADER_CHARS - len(" +more")].rsplit(" ", 1)[0] + " +more"
     return text
 
 

@@ -226,9 +226,7 @@ class Service:
         extra = {} if exc.retry_after_s is None else {"Retry-After": str(exc.retry_after_s)}
         return Answer(exc.status, extra, json.dumps(exc.as_json(request_id)).encode())
 
-    def _log_request(
-        self, status: int, code: str, request_id: str, started: float, sequences: list[Sequence]
-    ) -> None:
+    def _log_request(self, status: int, code: str, request_id: str, started: float, sequences: list[Sequence]) -> None:
         seconds = time.monotonic() - started
         self.metrics.request(status, code, seconds)
         numbers: dict[str, object] = {"request_id": request_id, "status": status, "code": code, "seconds": seconds}

@@ -9,15 +9,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mptserve.errors import BadSetting
 
 
-def _setting(env: str, default: Any, use: str, *, low: float = 0, high: float = 1e12, choices: tuple[str, ...] = ()) -> Any:
-    return field(
-        default=default, metadata={"env": env, "use": use, "low": low, "high": high, "choices": choices}
-    )
+def _setting(
+    env: str, default: Any, use: str, *, low: float = 0, high: float = 1e12, choices: tuple[str, ...] = ()
+) -> Any:
+    return field(default=default, metadata={"env": env, "use": use, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,10 @@ class Settings:
 
     model_dir: str = _setting("AZUREML_MODEL_DIR", "", "folder with the checkpoint, at any usual depth below it")
     engine: str = _setting(
-        "MPT_ENGINE", "mpt", "`transformers` is the reference engine, one request at a time", choices=("mpt", "transformers")
+        "MPT_ENGINE",
+        "mpt",
+        "`transformers` is the reference engine, one request at a time",
+        choices=("mpt", "transformers"),
     )
     device: str = _setting("MPT_DEVICE", "auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     dtype: str = _setting(
@@ -36,7 +39,10 @@ class Settings:
         choices=("auto", "bfloat16", "float16", "float32"),
     )
     max_seq_len: int = _setting(
-        "MPT_MAX_SEQ_LEN", 0, "context limit in tokens; 0: the checkpoint's; more is allowed, ALiBi extrapolates", high=1 << 20
+        "MPT_MAX_SEQ_LEN",
+        0,
+        "context limit in tokens; 0: the checkpoint's; more is allowed, ALiBi extrapolates",
+        high=1 << 20,
     )
     kv_cache_gb: float = _setting(
         "MPT_KV_CACHE_GB", 0.0, "memory for keys and values in GB; 0: from what is free after loading", high=1e4
@@ -56,14 +62,25 @@ class Settings:
         "MPT_DEADLINE_ACTION", "partial", "at the deadline: answer what there is, or 504", choices=("partial", "error")
     )
     output_format: str = _setting(
-        "MPT_OUTPUT_FORMAT", "records", "shape of the answer when a request does not name one", choices=("records", "columns", "list")
+        "MPT_OUTPUT_FORMAT",
+        "records",
+        "shape of the answer when a request does not name one",
+        choices=("records", "columns", "list"),
     )
-    max_body_bytes: int = _setting("MPT_MAX_BODY_BYTES", 16_000_000, "larger bodies are answered 413", low=1, high=100_000_000)
+    max_body_bytes: int = _setting(
+        "MPT_MAX_BODY_BYTES", 16_000_000, "larger bodies are answered 413", low=1, high=100_000_000
+    )
     max_prompts: int = _setting("MPT_MAX_PROMPTS", 128, "prompts in one request", low=1, high=100_000)
-    max_new_tokens: int = _setting("MPT_MAX_NEW_TOKENS", 4096, "largest `max_new_tokens` a request may ask for", low=1, high=1 << 20)
+    max_new_tokens: int = _setting(
+        "MPT_MAX_NEW_TOKENS", 4096, "largest `max_new_tokens` a request may ask for", low=1, high=1 << 20
+    )
     max_sequences: int = _setting("MPT_MAX_SEQUENCES", 16, "largest `num_return_sequences`", low=1, high=1024)
-    defaults: str = _setting("MPT_DEFAULTS", "{}", 'JSON object of parameters used when a request omits them, e.g. `{"temperature": 0.7}`')
-    log_level: str = _setting("MPT_LOG_LEVEL", "INFO", "level of the JSON log", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    defaults: str = _setting(
+        "MPT_DEFAULTS", "{}", 'JSON object of parameters used when a request omits them, e.g. `{"temperature": 0.7}`'
+    )
+    log_level: str = _setting(
+        "MPT_LOG_LEVEL", "INFO", "level of the JSON log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
+    )
 
     @property
     def default_parameters(self) -> dict[str, Any]:
@@ -89,12 +106,16 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     values = {f.name: _parse(f, env[f.metadata["env"]]) for f in FIELDS if env.get(f.metadata["env"], "") != ""}
     settings = Settings(**values)
     try:
-        defaults = json.loads(settings.defaults)
-    except ValueError as exc:
+        defaults = json.loads(settings.defaults, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as exc:
         raise BadSetting(f"MPT_DEFAULTS must be a JSON object, got {settings.defaults!r}") from exc
     if not isinstance(defaults, dict):
         raise BadSetting(f"MPT_DEFAULTS must be a JSON object, got {type(defaults).__name__}")
     return settings
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"JSON has no {name}")
 
 
 def _parse(f: "dataclasses.Field[Any]", text: str) -> Any:

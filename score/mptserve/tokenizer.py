@@ -18,7 +18,7 @@ class Tokenizer:
             raise ModelNotFound(f"{path} is not a tokenizer.json: {exc}") from exc
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.n_tokens = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.n_tokens = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have holes
         special = {id for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
         self._bytes = [b"" if id in special else self._token_bytes(id) for id in range(self.n_tokens)]
         self.longest_token = max(len(b) for b in self._bytes)
@@ -32,8 +32,8 @@ class Tokenizer:
         return b"".join(self.token_bytes(id) for id in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """Return what one token adds to the text; nothing for special tokens."""
-        return self._bytes[id]
+        """Return what one token adds to the text; nothing for special tokens and ids that no token has."""
+        return self._bytes[id] if id < self.n_tokens else b""
 
     def _token_bytes(self, id: int) -> bytes:
         """Byte-level BPE spells bytes as printable characters; added tokens are spelled as they are."""
@@ -49,7 +49,7 @@ class TextStream:
     """Turns tokens into text pieces that are safe to show: joined, they are the whole text.
 
     Never half a UTF-8 character, never anything that may be the beginning of a stop string, nothing from a stop
-    string on. `stopped` becomes true when a stop string was found.
+    string on. `stopped` becomes true when a stop string was found; of several, the one that was complete first.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
@@ -77,10 +77,10 @@ class TextStream:
         if not self._stop:
             return text
         self._held += text
-        found = [at for at in (self._held.find(s) for s in self._stop) if at >= 0]
+        found = [(at + len(s), at) for s in self._stop if (at := self._held.find(s)) >= 0]
         if found:
             self.stopped = True
-            piece, self._held = self._held[: min(found)], ""
+            piece, self._held = self._held[: min(found)[1]], ""
             return piece
         keep = max(_overlap(self._held, s) for s in self._stop)
         cut = len(self._held) - keep

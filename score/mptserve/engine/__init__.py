@@ -18,7 +18,17 @@ from mptserve.engine.scheduler import Scheduler
 from mptserve.engine.sequence import Generation, SamplingParams, Sequence, Token, TokenQueue
 from mptserve.errors import ContextTooLong, GenerationFailed, QueueFull, ScoringError, Unavailable
 
-__all__ = ["Engine", "EngineStats", "Generation", "Job", "MPTEngine", "SamplingParams", "Sequence", "Token", "TokenQueue"]
+__all__ = [
+    "Engine",
+    "EngineStats",
+    "Generation",
+    "Job",
+    "MPTEngine",
+    "SamplingParams",
+    "Sequence",
+    "Token",
+    "TokenQueue",
+]
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +157,9 @@ class MPTEngine:
     def _sequence(self, job: Job) -> Sequence:
         n = len(job.prompt) + job.params.max_new_tokens
         if n > self.max_tokens:
-            raise ContextTooLong(f"{len(job.prompt)} prompt + {job.params.max_new_tokens} new tokens > {self.max_tokens}")
+            raise ContextTooLong(
+                f"{len(job.prompt)} prompt + {job.params.max_new_tokens} new tokens > {self.max_tokens}"
+            )
         eos_ids = (self.runner.model.config.eos_token_id,)
         return Sequence(job.prompt, job.params, eos_ids, job.stop_check, job.deadline, self._finished, job.events)
 
@@ -178,7 +190,9 @@ class MPTEngine:
             except Exception as exc:  # the scheduler itself is broken, or the device is: nothing can be trusted now
                 log.exception("the engine stopped")
                 self.failure = f"{type(exc).__name__}: {exc}"
-                self._end_all(GenerationFailed("the engine stopped in the middle of this request", code="engine_failed"))
+                self._end_all(
+                    GenerationFailed("the engine stopped in the middle of this request", code="engine_failed")
+                )
                 self._on_failure(self.failure)
                 return
         self._end_all(Unavailable("the server shut down", code="draining"))

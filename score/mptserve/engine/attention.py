@@ -22,7 +22,10 @@ from mptserve.engine.sequence import BLOCK, Sequence
 
 @dataclass(frozen=True)
 class Chunk:
-    """Prompt tokens [start, start + n) of a sequence. `start` is a multiple of 32, and so is the end or it is the prompt's."""
+    """Prompt tokens [start, start + n) of a sequence.
+
+    `start` is a multiple of 32; the end is one too, or it is the prompt's.
+    """
 
     seq: Sequence
     start: int

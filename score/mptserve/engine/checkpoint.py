@@ -5,6 +5,7 @@ Layouts: a plain checkpoint folder, a registered Azure model (one directory leve
 """
 
 import json
+import pickle
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -46,10 +47,14 @@ def find_checkpoint(root: Path) -> Checkpoint:
             f"or {_DEPTH} levels below{where}"
         )
     if len(folders) > 1:
-        raise ModelNotFound(f"several MPT checkpoints below {root}: {', '.join(map(str, folders))}; point to one of them")
+        raise ModelNotFound(
+            f"several MPT checkpoints below {root}: {', '.join(map(str, folders))}; point to one of them"
+        )
     tokenizers = [p for p in [folders[0] / "tokenizer.json"] if p.is_file()] or list(_walk(root, "tokenizer.json"))
     if not tokenizers:
-        raise ModelNotFound(f"no tokenizer.json in {folders[0]} or below {root}; save it with `tokenizer.save_pretrained`")
+        raise ModelNotFound(
+            f"no tokenizer.json in {folders[0]} or below {root}; save it with `tokenizer.save_pretrained`"
+        )
     return Checkpoint(folders[0], tokenizers[0])
 
 
@@ -63,7 +68,7 @@ def weight_files(folder: Path) -> list[Path]:
         ("pytorch_model.bin.index.json", "pytorch_model.bin", "pytorch_model*.bin"),
     ):
         if (folder / index).is_file():
-            names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            names = _indexed_files(folder / index)
             missing = [name for name in names if not (folder / name).is_file()]
             if missing:
                 raise BadWeights(f"{index} in {folder} names files that are not there: {', '.join(missing)}")
@@ -73,6 +78,13 @@ def weight_files(folder: Path) -> list[Path]:
         if found := sorted(folder.glob(pattern)):
             return found
     return []
+
+
+def _indexed_files(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise BadWeights(f"{index} is no index of weight files: {exc!r}") from exc
 
 
 class WeightReader:
@@ -116,7 +128,7 @@ def _open(path: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
             raise BadWeights(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
     if path.suffix == ".safetensors":
         try:
-            handle = safe_open(path, framework="pt")  # checks the header against the file's size
+            handle: Any = safe_open(path, framework="pt")  # checks the header against the file's size
         except SafetensorError as exc:
             raise BadWeights(f"{path} is damaged or only partly downloaded: {exc}") from exc
         for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no dict
@@ -124,8 +136,14 @@ def _open(path: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
     else:
         try:
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        except Exception as exc:  # a pickle can fail in many ways, and none of them may run its code
-            raise BadWeights(f"{path} cannot be read as plain tensors: {exc}") from exc
+        except pickle.UnpicklingError as exc:  # its message advises to run the pickle's code
+            raise BadWeights(
+                f"{path} holds more than tensors, which could run code; have `save_pretrained` write safetensors"
+            ) from exc
+        except Exception as exc:  # a damaged file can fail in many ways
+            raise BadWeights(f"{path} is damaged, only partly downloaded or older than PyTorch 1.6: {exc}") from exc
+        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+            raise BadWeights(f"{path} must hold a dict of tensors and nothing else")
         for name, tensor in tensors.items():
             yield name, tuple(tensor.shape), tensors
 

@@ -108,7 +108,7 @@ def parse_config(raw: dict[str, Any]) -> MPTConfig:
     model_type = raw.get("model_type", "mpt")
     if model_type not in ("mpt", "mosaic_gpt"):
         raise UnsupportedModel(f"model_type must be mpt or mosaic_gpt, got {model_type!r}")
-    attn = _flat_attention(raw) if model_type == "mosaic_gpt" else dict(raw.get("attn_config") or {})
+    attn = _flat_attention(raw) if model_type == "mosaic_gpt" else _object(raw, "attn_config")
     if "MptForCausalLM" in (raw.get("architectures") or ()):
         attn.setdefault("alibi", True)  # transformers' default, which it may leave out when saving
     _refuse_unsupported(raw, attn)
@@ -116,28 +116,23 @@ def parse_config(raw: dict[str, Any]) -> MPTConfig:
     d_model, n_heads = _int(raw, "d_model"), _int(raw, "n_heads")
     if d_model % n_heads:
         raise UnsupportedModel(f"d_model ({d_model}) must be a multiple of n_heads ({n_heads})")
-    logit_scale = raw.get("logit_scale")
-    if logit_scale == "inv_sqrt_d_model":
-        logit_scale = 1 / math.sqrt(d_model)
-    if isinstance(logit_scale, str):
-        raise UnsupportedModel(f"logit_scale must be a number or 'inv_sqrt_d_model', got {logit_scale!r}")
-    eos = raw.get("eos_token_id", 0)
+    by_width = raw.get("logit_scale") == "inv_sqrt_d_model"
     return MPTConfig(
         d_model=d_model,
         n_heads=n_heads,
         n_layers=_int(raw, "n_layers"),
         vocab_size=_int(raw, "vocab_size"),
         max_seq_len=_int(raw, "max_seq_len"),
-        expansion_ratio=float(raw.get("expansion_ratio", raw.get("mlp_ratio", 4))),
-        alibi_bias_max=float(attn.get("alibi_bias_max") or 8),
-        clip_qkv=_optional_float(attn.get("clip_qkv")),
+        expansion_ratio=_float(raw, "expansion_ratio") or _float(raw, "mlp_ratio") or 4,
+        alibi_bias_max=_float(attn, "alibi_bias_max") or 8,
+        clip_qkv=_float(attn, "clip_qkv"),
         qk_ln=bool(attn.get("qk_ln")),
-        softmax_scale=_optional_float(attn.get("softmax_scale")),
-        logit_scale=_optional_float(logit_scale),
-        layer_norm_epsilon=float(raw.get("norm_eps") or raw.get("layer_norm_epsilon") or 1e-5),
+        softmax_scale=_float(attn, "softmax_scale"),
+        logit_scale=1 / math.sqrt(d_model) if by_width else _float(raw, "logit_scale"),
+        layer_norm_epsilon=_float(raw, "norm_eps") or _float(raw, "layer_norm_epsilon") or 1e-5,
         no_bias=bool(raw.get("no_bias", True)),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
-        eos_token_id=int(eos[0] if isinstance(eos, list) else eos or 0),
+        eos_token_id=_eos(raw.get("eos_token_id")),
         model_type=model_type,
         torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16").removeprefix("torch."),
     )
@@ -157,7 +152,7 @@ def _flat_attention(raw: dict[str, Any]) -> dict[str, Any]:
 
 def _refuse_unsupported(raw: dict[str, Any], attn: dict[str, Any]) -> None:
     """Raise UnsupportedModel for the first llm-foundry option that would change the maths."""
-    n_heads, ffn = raw.get("n_heads"), raw.get("ffn_config") or {}
+    n_heads, ffn = raw.get("n_heads"), _object(raw, "ffn_config")
     rules: list[tuple[str, Any, tuple[Any, ...]]] = [
         ("attn_config.alibi", attn.get("alibi", False), (True,)),
         ("attn_config.attn_type", attn.get("attn_type"), (None, "multihead_attention")),
@@ -171,22 +166,50 @@ def _refuse_unsupported(raw: dict[str, Any], attn: dict[str, Any]) -> None:
         ("final_logit_softcapping", raw.get("final_logit_softcapping"), (None, 0)),
         ("block_overrides", raw.get("block_overrides"), (None, {})),
         ("ffn_config.ffn_type", ffn.get("ffn_type"), (None, "mptmlp")),
-        ("ffn_config.ffn_act_fn", ffn.get("ffn_act_fn"), (None, {"name": "gelu", "approximate": "none"}, {"name": "gelu"})),
+        (
+            "ffn_config.ffn_act_fn",
+            ffn.get("ffn_act_fn"),
+            (None, {"name": "gelu", "approximate": "none"}, {"name": "gelu"}),
+        ),
+        ("ffn_config.ffn_hidden_size", ffn.get("ffn_hidden_size"), (None,)),
         ("norm_type", raw.get("norm_type"), (None, "low_precision_layernorm", "layernorm")),
     ]
     for name, value, allowed in rules:
         if value not in allowed:
-            wanted = " or ".join(repr(a) for a in allowed if a is not None)
+            wanted = " or ".join(repr(a) for a in allowed if a is not None) or "None"
             raise UnsupportedModel(f"config.json: {name} is {value!r}; this engine computes only {wanted}")
 
 
 def _int(raw: dict[str, Any], name: str) -> int:
     value = raw.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1 != 0 or value <= 0:
         raise UnsupportedModel(f"config.json: {name} must be a positive whole number, got {value!r}")
     return int(value)
 
 
-def _optional_float(value: Any) -> float | None:
-    """Return `value` as a float; None and 0 both mean "off" in published configs."""
-    return float(value) if value else None
+def _float(where: dict[str, Any], name: str) -> float | None:
+    """Return a number as a float; null and 0 both mean "off" in published configs."""
+    value = where.get(name)
+    if value is None or value == 0:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
+        raise UnsupportedModel(f"config.json: {name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _object(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise UnsupportedModel(f"config.json: {name} must be an object, got {value!r}")
+    return dict(value or {})
+
+
+def _eos(value: Any) -> int:
+    """Return the end-of-text token's id, the first one of a list; 0, as in all published checkpoints, where none is."""
+    ids = value if isinstance(value, list) else [value]
+    first = ids[0] if ids else None
+    if first is None:
+        return 0
+    if isinstance(first, bool) or not isinstance(first, int):
+        raise UnsupportedModel(f"config.json: eos_token_id must be a whole number, got {value!r}")
+    return first

@@ -1,4 +1,4 @@
-"""How much memory and how many cores this process may really use: the machine's or its container's, whichever is less."""
+"""How much memory and how many cores this process may really use: the machine's or its container's, the smaller."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ def available_bytes(device: torch.device) -> int:
     limit = _number(_CGROUP / "memory.max")
     used = _number(_CGROUP / "memory.current")
     if limit is not None and used is not None:
-        free = min(free, max(limit - used, 0))
+        free = min(free, max(limit - used + _file_cache_bytes(), 0))
     return free
 
 
@@ -30,6 +30,15 @@ def available_cores() -> int:
     except (OSError, ValueError):  # no cgroup v2, or no quota ("max")
         pass
     return max(cores, 1)
+
+
+def _file_cache_bytes() -> int:
+    """Return what the container uses for cached files, such as a model just downloaded: the kernel gives it back."""
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
 
 
 def _machine_bytes() -> int:

@@ -50,7 +50,9 @@ def sample(logits: Tensor, rows: Seq[Sequence], eos_ids: Tensor) -> Sampled:
         if drawn:
             best[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
         ids = best.tolist()
-    return Sampled([_token(i, id, seq, raw) for i, (id, seq) in enumerate(zip(ids, rows, strict=True))], finite.tolist())
+    return Sampled(
+        [_token(i, id, seq, raw) for i, (id, seq) in enumerate(zip(ids, rows, strict=True))], finite.tolist()
+    )
 
 
 def _penalise(logits: Tensor, seq: Sequence, eos_ids: Tensor) -> None:
@@ -69,7 +71,7 @@ def _penalise(logits: Tensor, seq: Sequence, eos_ids: Tensor) -> None:
 
 def _draw(logits: Tensor, rows: Seq[Sequence], attempt: int = 0) -> Tensor:
     """Return one sampled token id per row, [n]. Filters in `transformers`' order: top_k, top_p, min_p."""
-    n, n_vocab = logits.shape
+    n_vocab = logits.shape[-1]
     params, device = [seq.params for seq in rows], logits.device
     column = torch.tensor(
         [(p.temperature, p.top_p, p.min_p, p.top_k or n_vocab) for p in params], dtype=torch.float32, device=device
@@ -80,7 +82,8 @@ def _draw(logits: Tensor, rows: Seq[Sequence], attempt: int = 0) -> Tensor:
 
     log_p = (logits / temperature).log_softmax(-1)
     if all(_unfiltered(p) for p in params):
-        return (log_p + gumbel(seeds, steps, torch.arange(n_vocab, device=device))).argmax(-1)
+        every: Tensor = log_p + gumbel(seeds, steps, torch.arange(n_vocab, device=device))
+        return every.argmax(-1)
 
     k = min(CANDIDATES[attempt], n_vocab)
     log_p, ids = log_p.topk(k)  # most likely first
@@ -92,10 +95,11 @@ def _draw(logits: Tensor, rows: Seq[Sequence], attempt: int = 0) -> Tensor:
     keep &= (p.cumsum(-1) - p < top_p) | (top_p >= 1)
     keep &= p >= min_p * p[:, :1]
     chosen = (log_p + gumbel(seeds, steps, ids)).masked_fill_(~keep, -torch.inf).argmax(-1, keepdim=True)
-    drawn = ids.gather(-1, chosen)[:, 0]
+    drawn: Tensor = ids.gather(-1, chosen)[:, 0]
 
     if k < n_vocab:  # a row whose last candidate was still good may keep more behind it
-        cut_short = (top_k > k) & (keep[:, -1:] | (top_k < n_vocab))  # a top_k beyond k has not been normalised right
+        # A top_k beyond k has not been normalised right, whatever was kept.
+        cut_short = (top_k > k) & (keep[:, -1:] | (top_k < n_vocab))
         again = cut_short.nonzero()[:, 0].tolist()
         if again:
             drawn[again] = _draw(logits[again], [rows[i] for i in again], attempt + 1)

@@ -60,13 +60,13 @@ class Scheduler:
         decodes: list[Sequence] = []
         chunks: list[Chunk] = []
         for seq in self.running:
-            left = self._n_prefill(seq) - seq.n_computed
-            if left <= 0:
+            n_left = self._n_prefill(seq) - seq.n_computed
+            if n_left <= 0:
                 decodes.append(seq)
             elif budget >= BLOCK:
-                n = min(left, budget // BLOCK * BLOCK)
+                n = min(n_left, budget // BLOCK * BLOCK)
                 if not self.cache.extend(seq, seq.n_computed + n):
-                    n = min(left, BLOCK)  # the block of the next token is there already
+                    n = min(n_left, BLOCK)  # the block of the next token is there already
                 chunks.append(Chunk(seq, seq.n_computed, n))
                 budget -= n
         return decodes, chunks
@@ -81,19 +81,14 @@ class Scheduler:
 
     def retire(self) -> None:
         """Drop finished, cancelled and late sequences, wherever they are, and free their memory."""
-        now = time.monotonic()
-        for seq in (*self.running, *self.waiting):
-            if seq.finish_reason is None and seq.cancelled:
-                seq.finish("cancelled")
-            elif seq.finish_reason is None and seq.deadline is not None and now >= seq.deadline:
-                seq.finish("deadline")
+        ended = [seq for seq in (*self.running, *self.waiting) if seq.expire()]
+        if not ended:
+            return
         for seq in self.running:
             if seq.finish_reason is not None:
                 self.cache.release(seq)
-        if any(s.finish_reason is not None for s in self.running):
-            self.running = [s for s in self.running if s.finish_reason is None]
-        if any(s.finish_reason is not None for s in self.waiting):
-            self.waiting = deque(s for s in self.waiting if s.finish_reason is None)
+        self.running = [seq for seq in self.running if seq.finish_reason is None]
+        self.waiting = deque(seq for seq in self.waiting if seq.finish_reason is None)
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_rows:
@@ -116,7 +111,8 @@ class Scheduler:
         return False
 
     def _n_prefill(self, seq: Sequence) -> int:
-        return seq.n_prompt if self.exact_resume else seq.n_tokens
+        """Return how many tokens are computed in chunks: the prompt, and after a preemption what was generated too."""
+        return seq.n_prompt if self.exact_resume or not seq.out else max(seq.n_prompt, seq.n_tokens - 1)
 
     def _preempt(self, seq: Sequence) -> None:
         self.n_preemptions += 1

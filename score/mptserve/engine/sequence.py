@@ -134,6 +134,14 @@ class Sequence:
         elif len(self.out) >= self.params.max_new_tokens:
             self.finish("length")
 
+    def expire(self) -> bool:
+        """Finish the sequence if it was cancelled or is past its deadline; return whether it has finished."""
+        if self.finish_reason is None and self.cancelled:
+            self.finish("cancelled")
+        elif self.finish_reason is None and self.deadline is not None and time.monotonic() >= self.deadline:
+            self.finish("deadline")
+        return self.finish_reason is not None
+
     def finish(self, reason: str, error: ScoringError | None = None) -> None:
         """End the sequence once; later calls do nothing."""
         if self.finish_reason is None:
@@ -209,5 +217,3 @@ def penalty_state(seq: Sequence, n_vocab: int, device: torch.device) -> tuple[Te
         for token in seq.out:
             seq.counts[token.id] += 1
     return seq.seen, seq.counts
-
-

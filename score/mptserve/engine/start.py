@@ -113,11 +113,15 @@ def _n_blocks(config: MPTConfig, place: Placement, max_seq_len: int, options: En
         budget = available_bytes(place.device) * (0.9 if place.device.type == "cuda" else 0.5)
     n_blocks = min(int(budget // block_bytes), options.max_rows * n_blocks_for(max_seq_len))
     if n_blocks < 2:
-        raise DoesNotFit(f"{budget / 1e9:.3f} GB for the KV cache is less than two blocks of {block_bytes / 1e9:.3f} GB")
+        raise DoesNotFit(
+            f"{budget / 1e9:.3f} GB for the KV cache is less than two blocks of {block_bytes / 1e9:.3f} GB"
+        )
     return n_blocks
 
 
 def _warm_up(engine: MPTEngine) -> None:
     """Generate a little and throw it away, so that the first caller does not wait for allocators and kernel choices."""
-    engine.submit([0] * min(2 * BLOCK, engine.max_tokens - 4), SamplingParams(max_new_tokens=3, ignore_eos=True)).result()
+    engine.submit(
+        [0] * min(2 * BLOCK, engine.max_tokens - 4), SamplingParams(max_new_tokens=3, ignore_eos=True)
+    ).result()
     engine.close()

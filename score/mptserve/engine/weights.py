@@ -67,8 +67,8 @@ def check_fit(config: MPTConfig, place: Placement, max_seq_len: int) -> None:
     )
     if weights + kv > free:
         raise DoesNotFit(
-            f"{config.n_parameters / 1e9:.2f} B parameters in {place.dtype} take {weights / 1e9:.1f} GB and the keys and "
-            f"values of {tokens} tokens {kv / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on {place.device}"
+            f"{config.n_parameters / 1e9:.2f} B parameters in {place.dtype} take {weights / 1e9:.1f} GB and the keys "
+            f"and values of {tokens} tokens {kv / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on {place.device}"
         )
 
 

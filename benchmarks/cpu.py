@@ -1,0 +1,262 @@
+"""Measures this machine: our engine beside `transformers` on the same weights, then the whole server under load.
+
+    python benchmarks/cpu.py [--models embedded wide] [--dtypes bfloat16 float32] [--rows 1 8 32] [--rounds 3]
+
+Two models: the embedded one, where the time per step is overhead, and a random one with MPT-7B's exact layer shapes
+but four layers (1.01 B parameters), where it is reading weights. Per case the contenders take turns, round by round,
+in one process; figures are medians, and the memory bandwidth is measured beside every round, because shared machines
+change under a benchmark. "as shipped" is transformers with the checkpoint's own `use_cache: false`.
+
+decode: (time of N + 1 tokens - time of 1) per token, prompt of 128 tokens, all rows alive, sampled with temperature
+0.5 and top_p 0.5.  prefill: prompt tokens per second until the first token, prompt of 512 tokens.
+The last line is one JSON object.
+"""
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from safetensors.torch import save_file
+
+from mptserve.engine import Job, MPTEngine, SamplingParams
+from mptserve.engine.config import MPTConfig, parse_config, read_config
+from mptserve.engine.memory import available_cores
+from mptserve.engine.start import EngineOptions, start_engine
+from mptserve.launch import Server
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "samples" / "mpt-8m"
+PROMPT, LONG_PROMPT = 128, 512
+Generate = Callable[[list[list[int]], int], None]
+"""(prompts of equal length, new tokens for each) -> nothing, once all are generated."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the table. Tokens per second."""
+
+    name: str
+    ours: float
+    cached: float
+    shipped: float | None
+    bandwidth: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=("embedded", "wide"), default=["embedded", "wide"])
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-server", action="store_true", help="leave out the server under load")
+    args = parser.parse_args()
+
+    found: dict[str, Any] = {"cores": available_cores(), "torch": torch.__version__, "results": {}}
+    print(f"{found['cores']} cores, torch {torch.__version__}, read bandwidth now {bandwidth():.0f} GB/s", flush=True)
+    for name in args.models:
+        for dtype in args.dtypes:
+            cases = measure_model(name, dtype, args.rows, args.rounds)
+            found["results"][f"{name} {dtype}"] = {case.name: vars(case) for case in cases}
+    if not args.no_server:
+        found["server"] = measure_server()
+    print(json.dumps(found))
+
+
+def measure_model(name: str, dtype: str, rows: list[int], rounds: int) -> list[Case]:
+    """Print and return the table of one model in one dtype."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = EMBEDDED if name == "embedded" else write_wide_model(Path(scratch))
+        config = read_config(folder)
+        engine = start_engine(folder, config, config.vocab_size, EngineOptions(dtype=dtype, kv_cache_gb=4))
+        reference = load_reference(folder, dtype)
+    ours, cached, shipped = by_engine(engine), by_transformers(reference, True), by_transformers(reference, False)
+    n_new = 64 if name == "embedded" else 12
+    weights_gb = config.n_parameters * (2 if dtype == "bfloat16" else 4) / 1e9
+    print(f"\n{name}, {config.n_parameters / 1e6:,.0f} M parameters, {dtype} ({weights_gb:.2f} GB)")
+    print("case           ours tok/s   transformers        ratio   as shipped   ratio   GB/s beside", flush=True)
+    cases: list[Case] = []
+    for n in rows:
+        cases.append(measure_case(f"prefill {n} x {LONG_PROMPT}", ours, cached, None, config, n, 0, rounds, True))
+        # Without a cache a step computes the whole sequence again: one row shows it, more would take minutes.
+        without = shipped if n == 1 else None
+        cases.append(measure_case(f"decode {n} rows", ours, cached, without, config, n, n_new, rounds, False))
+    engine.close()
+    del engine, reference, ours, cached, shipped
+    gc.collect()
+    return cases
+
+
+def measure_case(
+    name: str,
+    ours: Generate,
+    cached: Generate,
+    shipped: Generate | None,
+    config: MPTConfig,
+    rows: int,
+    n_new: int,
+    rounds: int,
+    prefill: bool,
+) -> Case:
+    """Let the contenders take turns and return the medians of their tokens per second."""
+
+    def seconds(generate: Generate, n_tokens: int) -> float:
+        prompts = [random_prompt(config, LONG_PROMPT if prefill else PROMPT) for _ in range(rows)]
+        started = time.perf_counter()
+        generate(prompts, n_tokens)
+        return time.perf_counter() - started
+
+    def speed(generate: Generate) -> float:
+        if prefill:
+            return rows * LONG_PROMPT / seconds(generate, 1)
+        return rows * n_new / max(seconds(generate, n_new + 1) - seconds(generate, 1), 1e-9)
+
+    for generate in (ours, cached):
+        seconds(generate, 2)
+    speeds: dict[str, list[float]] = {"ours": [], "cached": [], "shipped": [], "bandwidth": []}
+    for _ in range(rounds):
+        speeds["bandwidth"].append(bandwidth())
+        speeds["ours"].append(speed(ours))
+        speeds["cached"].append(speed(cached))
+    if shipped is not None:
+        speeds["shipped"].append(speed(shipped))
+    median = {key: statistics.median(values) for key, values in speeds.items() if values}
+    case = Case(name, median["ours"], median["cached"], median.get("shipped"), median["bandwidth"])
+    slow = f"{case.shipped:12.1f} {case.ours / case.shipped:6.1f}x" if case.shipped else f"{'':12} {'':7}"
+    fair = f"{case.name:14} {case.ours:10.1f} {case.cached:14.1f} {case.ours / case.cached:11.2f}x"
+    print(f"{fair} {slow} {case.bandwidth:13.0f}", flush=True)
+    return case
+
+
+def by_engine(engine: MPTEngine) -> Generate:
+    def generate(prompts: list[list[int]], n_new: int) -> None:
+        params = [
+            SamplingParams(max_new_tokens=n_new, temperature=0.5, top_p=0.5, ignore_eos=True, seed=i)
+            for i in range(len(prompts))
+        ]
+        running = engine.submit_all(Job(prompt, p) for prompt, p in zip(prompts, params, strict=True))
+        for generation in running:
+            generation.result()
+
+    return generate
+
+
+def by_transformers(model: Any, use_cache: bool) -> Generate:
+    def generate(prompts: list[list[int]], n_new: int) -> None:
+        with torch.inference_mode():
+            ids = torch.tensor(prompts)
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                min_new_tokens=n_new,
+                max_new_tokens=n_new,
+                do_sample=True,
+                temperature=0.5,
+                top_p=0.5,
+                use_cache=use_cache,
+                pad_token_id=0,
+            )
+
+    return generate
+
+
+def load_reference(folder: Path, dtype: str) -> Any:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.MptForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+
+def write_wide_model(folder: Path) -> Path:
+    """Write a random checkpoint with MPT-7B's layer shapes and four layers; return its folder."""
+    raw = json.loads((EMBEDDED / "config.json").read_text()) | {
+        "d_model": 4096,
+        "n_heads": 32,
+        "n_layers": 4,
+        "vocab_size": 50432,
+    }
+    (folder / "config.json").write_text(json.dumps(raw))
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.ones(shape, dtype=torch.bfloat16)
+        if len(shape) == 1
+        else torch.randn(shape, generator=random).mul_(0.02).to(torch.bfloat16)
+        for name, shape in parse_config(raw).tensor_shapes().items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def random_prompt(config: MPTConfig, n: int) -> list[int]:
+    """Fresh ids every time, so that no prefix cache helps."""
+    return torch.randint(2, config.vocab_size, (n,)).tolist()
+
+
+def bandwidth() -> float:
+    """Return the GB/s at which all cores together read memory now: the best of three passes over 512 MB."""
+    memory = torch.ones(128 * 1024 * 1024)
+    best = 0.0
+    for _ in range(3):
+        started = time.perf_counter()
+        memory.sum()
+        best = max(best, memory.numel() * 4 / (time.perf_counter() - started) / 1e9)
+    return best
+
+
+def measure_server(clients: int = 16, seconds: float = 10.0) -> dict[str, float]:
+    """Return requests and tokens per second of the whole server under clients that ask again as soon as answered."""
+    body = {
+        "input_data": {
+            "input_string": ["the meaning of life is"],
+            "parameters": {"temperature": 0.5, "top_p": 0.5, "max_new_tokens": 32, "ignore_eos": True},
+        }
+    }
+    with Server(port=5098, model_dir=EMBEDDED) as server:
+        server.wait_until_healthy()
+        one = load(server.url, body, 1, seconds / 2)
+        many = load(server.url, body, clients, seconds)
+    print(
+        f"\nserver, embedded model, 32 new tokens a request: 1 client {one:.1f} requests/s ({32 * one:.0f} tok/s), ",
+        end="",
+    )
+    print(f"{clients} clients {many:.1f} requests/s ({32 * many:.0f} tok/s), {many / one:.1f}x")
+    return {"clients": clients, "requests_per_s": many, "requests_per_s_one_client": one}
+
+
+def load(url: str, body: dict[str, Any], clients: int, seconds: float) -> float:
+    """Return requests per second answered with 200 to `clients` closed loops."""
+    data = json.dumps(body).encode()
+    done = [0] * clients
+    end = time.perf_counter() + seconds
+
+    def client(i: int) -> None:
+        while time.perf_counter() < end:
+            request = urllib.request.Request(url + "/score", data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request) as response:
+                response.read()
+            done[i] += 1
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(done) / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()

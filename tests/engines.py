@@ -1,0 +1,99 @@
+"""Engines on tiny random checkpoints, and what tests ask of them."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence
+from mptserve.engine.attention import Chunk, PagedAttention, SlotAttention
+from mptserve.engine.checkpoint import WeightReader
+from mptserve.engine.config import parse_config
+from mptserve.engine.kv_cache import PagedCache, SlotCache
+from mptserve.engine.model import MPT
+from mptserve.engine.runner import Runner
+from mptserve.engine.scheduler import Scheduler
+from mptserve.engine.weights import Placement, load_model
+from tiny import write_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Tiny:
+    """A tiny random model, its raw config and tensors, loaded the way the server loads it."""
+
+    raw: dict[str, Any]
+    tensors: dict[str, Tensor]
+    model: MPT
+    folder: Path
+
+
+def load_tiny(folder: Path, raw: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tiny:
+    tensors = write_checkpoint(folder, raw, seed)
+    config = parse_config(raw)
+    return Tiny(raw, tensors, load_model(WeightReader(folder, config), config, Placement(CPU, dtype), 10**9), folder)
+
+
+def make_engine(
+    model: MPT,
+    *,
+    n_blocks: int = 256,
+    max_rows: int = 16,
+    prefill_tokens: int = 512,
+    paged: bool = False,
+    **options: Any,
+) -> MPTEngine:
+    """Return a running engine on a CPU; `paged` takes the GPU's cache and attention."""
+    config = model.config
+    cache: Any
+    attention: Any
+    if paged:
+        cache = PagedCache(config, n_blocks, torch.float32, CPU)
+        attention = PagedAttention(config, cache)
+    else:
+        cache = SlotCache(config, n_blocks, max_rows, config.max_seq_len)
+        attention = SlotAttention(config, cache)
+    scheduler = Scheduler(cache, max_rows, prefill_tokens, exact_resume=not paged)
+    limits = {"max_tokens": min(config.max_seq_len, n_blocks * 32), "queue_limit": 10_000} | options
+    return MPTEngine(Runner(model, attention), scheduler, **limits)
+
+
+def sequence(prompt: list[int], **params: Any) -> Sequence:
+    """Return a sequence nobody waits for, for tests below the engine."""
+    return Sequence(prompt, SamplingParams(**params), (0,), None, None, lambda _: None, None)
+
+
+def all_logits(model: MPT, ids: list[int], cut_at: tuple[int, ...] = (), paged: bool = False) -> Tensor:
+    """Return float32 logits [T, V] of a whole sequence, its prompt chunks cut at the given positions."""
+    config, seq = model.config, sequence(ids, max_new_tokens=1)
+    attention: Any
+    if paged:
+        pages = PagedCache(config, 64, torch.float32, CPU)
+        attention = PagedAttention(config, pages)
+        assert pages.acquire(seq)
+    else:
+        slots = SlotCache(config, 64, 2, 2048)
+        attention = SlotAttention(config, slots)
+        assert slots.acquire(seq)
+    runner, found = Runner(model, attention), []
+    edges = (0, *cut_at, len(ids))
+    with torch.inference_mode():
+        for start, end in pairwise(edges):
+            plan = attention.plan([], [Chunk(seq, start, end - start)])
+            hidden = model.hidden(runner._ids(ids[start:end]), plan)[: end - start]
+            found.append(model.logits(torch.cat((hidden, hidden)))[: end - start])
+    return torch.cat(found)
+
+
+def generate(engine: MPTEngine, prompt: list[int], **params: Any) -> list[int]:
+    """Return the generated ids of one sequence alone."""
+    return [t.id for t in engine.submit_all([Job(prompt, SamplingParams(**params))])[0].result().out]
+
+
+def random_ids(n: int, seed: int, vocab: int = 128) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, vocab, (n,), generator=generator).tolist()

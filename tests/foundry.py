@@ -1,0 +1,65 @@
+"""An independent oracle: llm-foundry's published MPT maths, written out plainly, in float64, without a cache.
+
+Transcribed from the formulas of MosaicML's llm-foundry (`models/mpt/modeling_mpt.py`, `models/layers/attention.py`,
+`models/layers/ffn.py`; Apache-2.0): the whole sequence at once, full [H, T, T] biases, nothing fused, nothing shared
+with the engine. It covers what `transformers` ignores: alibi_bias_max, qk_ln, biases, logit_scale, expansion_ratio.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+
+def foundry_logits(raw: dict[str, Any], tensors: dict[str, Tensor], ids: list[int]) -> Tensor:
+    """Return float64 logits [T, V] of one sequence."""
+    t = {name: tensor.double() for name, tensor in tensors.items()}
+    attn, heads, d = raw["attn_config"], raw["n_heads"], raw["d_model"]
+    eps = raw.get("layer_norm_epsilon", 1e-5)
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, var = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        y = (x - mean) / torch.sqrt(var + eps) * t[f"{name}.weight"]
+        return y + t[f"{name}.bias"] if f"{name}.bias" in t else y
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        y = x @ t[f"{name}.weight"].T
+        return y + t[f"{name}.bias"] if f"{name}.bias" in t else y
+
+    n = len(ids)
+    position = torch.arange(n, dtype=torch.float64)
+    distance = position[None, :] - position[:, None]  # key - query
+    bias = slopes(heads, attn["alibi_bias_max"])[:, None, None] * distance
+    bias = bias.masked_fill(distance > 0, -math.inf)
+    scale = attn["softmax_scale"] or 1 / math.sqrt(d / heads)
+
+    x = t["transformer.wte.weight"][torch.tensor(ids)]
+    for i in range(raw["n_layers"]):
+        block = f"transformer.blocks.{i}"
+        qkv = linear(norm(x, f"{block}.norm_1"), f"{block}.attn.Wqkv")
+        if attn["clip_qkv"]:
+            qkv = qkv.clamp(-attn["clip_qkv"], attn["clip_qkv"])
+        q, k, v = qkv.split(d, dim=-1)
+        if attn["qk_ln"]:
+            q, k = norm(q, f"{block}.attn.q_ln"), norm(k, f"{block}.attn.k_ln")
+        q, k, v = (rearrange(z, "t (h e) -> h t e", h=heads) for z in (q, k, v))
+        weights = torch.softmax(q @ rearrange(k, "h t e -> h e t") * scale + bias, dim=-1)
+        x = x + linear(rearrange(weights @ v, "h t e -> t (h e)"), f"{block}.attn.out_proj")
+        up = linear(norm(x, f"{block}.norm_2"), f"{block}.ffn.up_proj")
+        x = x + linear(F.gelu(up), f"{block}.ffn.down_proj")
+    x = norm(x, "transformer.norm_f")
+    head = t["transformer.wte.weight"] if raw["tie_word_embeddings"] else t["lm_head.weight"]
+    logits = x @ head.T
+    scale_name = raw.get("logit_scale")
+    return logits * (1 / math.sqrt(d) if scale_name == "inv_sqrt_d_model" else scale_name or 1.0)
+
+
+def slopes(n_heads: int, bias_max: float) -> Tensor:
+    """Return the ALiBi slopes, [H] float64, head by head as the paper's recipe for odd head counts says."""
+    n = 2 ** math.ceil(math.log2(n_heads))
+    found = [2 ** (-bias_max * m / n) for m in range(1, n + 1)]
+    ordered = found if n == n_heads else (found[1::2] + found[0::2])[:n_heads]
+    return torch.tensor(ordered, dtype=torch.float64)

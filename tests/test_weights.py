@@ -1,0 +1,112 @@
+"""Placement, preflight and loading."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from mptserve.engine import SamplingParams
+from mptserve.engine.checkpoint import WeightReader
+from mptserve.engine.config import parse_config
+from mptserve.engine.start import EngineOptions, start_engine
+from mptserve.engine.weights import Placement, check_fit, choose_placement, load_model
+from mptserve.errors import BadSetting, DoesNotFit
+from engines import all_logits, generate, random_ids
+from tiny import tiny_config, write_checkpoint
+
+CPU = torch.device("cpu")
+MPT_7B = tiny_config(d_model=4096, n_heads=32, n_layers=32, vocab_size=50432, max_seq_len=2048)
+
+
+def test_auto_takes_a_dtype_that_the_cpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert choose_placement("cpu", "auto") == Placement(CPU, torch.bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert choose_placement("cpu", "auto") == Placement(CPU, torch.float32)
+
+
+def test_float16_on_a_cpu_and_a_missing_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadSetting, match="MPT_DTYPE float16 is for GPUs"):
+        choose_placement("cpu", "float16")
+    with pytest.raises(BadSetting, match="MPT_DEVICE is cuda, but PyTorch finds no usable GPU"):
+        choose_placement("cuda", "auto")
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16")])
+def test_gpus_without_bfloat16_get_float16(
+    capability: tuple[int, int], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_placement("auto", "auto").dtype == getattr(torch, dtype)
+
+
+def test_the_preflight_says_in_numbers_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mptserve.engine.weights.available_bytes", lambda _: 14e9)
+    with pytest.raises(
+        DoesNotFit,
+        match=r"6\.65 B parameters in torch\.bfloat16 take 13\.3 GB and the keys and values of 2048 tokens 2\.1 GB, "
+        r"but only 14\.0 GB are free on cpu",
+    ):
+        check_fit(parse_config(MPT_7B), Placement(CPU, torch.bfloat16), 2048)
+    monkeypatch.setattr("mptserve.engine.weights.available_bytes", lambda _: 16e9)
+    check_fit(parse_config(MPT_7B), Placement(CPU, torch.bfloat16), 2048)
+
+
+def test_a_kv_cache_smaller_than_two_blocks_is_refused(tmp_path: Path) -> None:
+    raw = tiny_config()
+    write_checkpoint(tmp_path, raw)
+    with pytest.raises(DoesNotFit, match="less than two blocks"):
+        start_engine(tmp_path, parse_config(raw), 128, EngineOptions(kv_cache_gb=1e-6, cpu_threads=1))
+
+
+def test_the_cache_limits_the_context_when_it_is_smaller(tmp_path: Path) -> None:
+    raw = tiny_config(max_seq_len=4096)
+    write_checkpoint(tmp_path, raw)
+    block = 32 * parse_config(raw).kv_bytes_per_token(4)
+    engine = start_engine(
+        tmp_path, parse_config(raw), 128, EngineOptions(kv_cache_gb=10.5 * block / 1e9, cpu_threads=1)
+    )
+    assert (engine.max_tokens, engine.scheduler.cache.n_blocks) == (320, 10)
+    assert len(generate(engine, [5] * 20, max_new_tokens=300, ignore_eos=True)) == 300
+    engine.close()
+
+
+def test_max_seq_len_can_be_raised_beyond_the_checkpoints(tmp_path: Path) -> None:
+    raw = tiny_config(max_seq_len=64)
+    write_checkpoint(tmp_path, raw)
+    engine = start_engine(tmp_path, parse_config(raw), 128, EngineOptions(max_seq_len=512, cpu_threads=1))
+    assert engine.max_tokens == 512
+    assert len(generate(engine, [5] * 100, max_new_tokens=400, ignore_eos=True)) == 400
+    engine.close()
+
+
+def test_every_file_format_gives_the_same_model(tmp_path: Path) -> None:
+    raw, ids = tiny_config(), random_ids(40, seed=1)
+    found = []
+    for i, (shards, format) in enumerate([(1, "safetensors"), (3, "safetensors"), (1, "bin"), (2, "bin")]):
+        folder = tmp_path / str(i)
+        write_checkpoint(folder, raw, shards=shards, format=format)
+        config = parse_config(raw)
+        model = load_model(WeightReader(folder, config), config, Placement(CPU, torch.float32), 128)
+        found.append(all_logits(model, ids))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_loading_is_logged_with_numbers_and_warm_up_is_not_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    raw = tiny_config()
+    write_checkpoint(tmp_path, raw)
+    logging.getLogger("mptserve").propagate = True
+    with caplog.at_level(logging.INFO, "mptserve"):
+        engine = start_engine(tmp_path, parse_config(raw), 128, EngineOptions(cpu_threads=1))
+    assert [r.message for r in caplog.records] == ["preflight", "weights loaded", "engine ready"]
+    assert caplog.records[1].numbers["percent"] == 100  # type: ignore[attr-defined]
+    assert (engine.stats().generated_tokens, engine.stats().finished) == (0, {})
+    engine.submit([5], SamplingParams(max_new_tokens=2, ignore_eos=True)).result()
+    assert engine.stats().generated_tokens == 2
+    engine.close()
