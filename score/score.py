@@ -9,13 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from azureml_inference_server_http.api.aml_request import rawhttp  # noqa: E402 - after the path is set
-from flask import Request, Response, g  # noqa: E402
+from azureml_inference_server_http.api.aml_request import rawhttp
+from flask import Request, Response, g
 
-from mptserve import azml_host  # noqa: E402
-from mptserve.log import set_up_logging  # noqa: E402
-from mptserve.service import Service  # noqa: E402
-from mptserve.settings import read_settings  # noqa: E402
+from mptserve import azml_host
+from mptserve.log import set_up_logging
+from mptserve.service import Service
+from mptserve.settings import read_settings
 
 service: Service
 

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
-from serving import LoggedServer
 
-QUEUE_LIMIT = 64
+from serving import QUEUE_LIMIT, LoggedServer
 
 
 @pytest.fixture(scope="session")

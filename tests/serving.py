@@ -20,6 +20,9 @@ SAMPLE = ROOT / "samples" / "online" / "basic.json"
 PATIENCE_S = 60.0
 """Longer than anything takes on a machine that is busy with something else; only a hang reaches it."""
 
+QUEUE_LIMIT = 64
+"""Of the shared server: small enough for a test to fill."""
+
 
 @dataclass(frozen=True)
 class Reply:

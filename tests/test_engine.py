@@ -12,12 +12,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import MptForCausalLM
 
+from engines import Tiny, all_logits, generate, load_tiny, make_engine, random_ids
 from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.config import read_config
 from mptserve.engine.sampling import derived_seed
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.errors import ContextTooLong, GenerationFailed, QueueFull, Unavailable
-from engines import Tiny, all_logits, generate, load_tiny, make_engine, random_ids
 from tiny import tiny_config
 
 EMBEDDED = Path(__file__).parent.parent / "samples" / "mpt-8m"

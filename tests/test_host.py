@@ -8,12 +8,23 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import QUEUE_LIMIT
 from jsonschema import Draft202012Validator
 from openapi_spec_validator import OpenAPIV2SpecValidator, OpenAPIV30SpecValidator, OpenAPIV31SpecValidator
-from serving import SAMPLE, LoggedServer, Stream, connect, eventually, exchange, get, metrics, post, request
 
 import mptserve
+from serving import (
+    QUEUE_LIMIT,
+    SAMPLE,
+    LoggedServer,
+    Stream,
+    connect,
+    eventually,
+    exchange,
+    get,
+    metrics,
+    post,
+    request,
+)
 
 MAX_BODY = 16_000_000
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
@@ -175,11 +186,12 @@ def test_details_come_beside_the_text_in_every_format(server: LoggedServer, tale
         (
             request("x" * 10, max_new_tokens=4096),
             "context_length_exceeded",
-            "`/input_data/input_string/0` has 8 tokens and asks for 4096 more, 4104 together; "
+            "`/input_data/input_string/0` has 10 tokens and asks for 4096 more, 4106 together; "
             "the context is 2048. Shorten it, lower `max_new_tokens` or set `truncate`",
             "/input_data/input_string/0",
         ),
     ],
+    ids=lambda value: value[:50] if isinstance(value, str) else type(value).__name__,
 )
 def test_what_is_wrong_with_a_request_is_said_and_pointed_at(
     server: LoggedServer, body: Any, code: str, message: str, field: str
@@ -284,9 +296,7 @@ def test_a_body_that_is_cut_off_is_400(server: LoggedServer) -> None:
 # Many callers
 
 
-def test_32_callers_at_once_get_what_each_gets_alone_while_the_probe_answers(
-    server: LoggedServer, record_property: Any
-) -> None:
+def test_32_callers_at_once_get_what_each_gets_alone_while_the_probe_answers(server: LoggedServer) -> None:
     prompts = ["The king said", "In the forest", "A little girl", "Far away"]
     requests = [request(prompts[i % 4], seed=i, max_new_tokens=20 + i, temperature=0.9) for i in range(32)]
     alone = [post(server.port, r).json for r in requests]
@@ -304,7 +314,7 @@ def test_32_callers_at_once_get_what_each_gets_alone_while_the_probe_answers(
         stop.set()
         probing.result()
     assert together == alone
-    record_property("slowest_probe_ms", round(max(probes) * 1000, 1))
+    print(f"slowest of {len(probes)} probes: {max(probes) * 1000:.0f} ms")
     assert len(probes) > 3
     assert max(probes) < 1  # the target is 0.1 s; the machine that runs this may be busy with something else
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engines import sequence
 from mptserve.engine.config import parse_config
 from mptserve.engine.kv_cache import BLOCK, PagedCache, SlotCache, n_blocks_for
 from mptserve.engine.memory import _machine_bytes
 from mptserve.engine.sequence import Sequence, block_keys
-from engines import sequence
 from tiny import tiny_config
 
 CONFIG = parse_config(tiny_config(n_layers=1, d_model=32, n_heads=2))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import MptForCausalLM
 
-from mptserve.engine.model import alibi_slopes
 from engines import Tiny, all_logits, load_tiny, random_ids
 from foundry import foundry_logits, slopes
+from mptserve.engine.model import alibi_slopes
 from tiny import tiny_config
 
 RIGHT_IN_TRANSFORMERS: dict[str, dict[str, Any]] = {

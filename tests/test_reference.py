@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 
+from engines import generate, random_ids
 from mptserve.engine import Job, SamplingParams
 from mptserve.engine.config import parse_config
 from mptserve.engine.reference import start_reference_engine
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.errors import ContextTooLong, Unavailable, UnsupportedModel
-from engines import generate, random_ids
 from tiny import tiny_config, write_checkpoint
 
 OPTIONS = EngineOptions(dtype="float32", device="cpu", cpu_threads=1)

@@ -15,9 +15,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from engines import sequence
 from mptserve.engine import Sequence, Token
 from mptserve.engine.sampling import gumbel, sample
-from engines import sequence
 
 NO_EOS = torch.tensor([0])
 

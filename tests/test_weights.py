@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from engines import all_logits, generate, random_ids
 from mptserve.engine import SamplingParams
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import parse_config
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.engine.weights import Placement, check_fit, choose_placement, load_model
 from mptserve.errors import BadSetting, DoesNotFit
-from engines import all_logits, generate, random_ids
 from tiny import tiny_config, write_checkpoint
 
 CPU = torch.device("cpu")

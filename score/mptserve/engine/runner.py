@@ -1,6 +1,7 @@
 """Runs one step on the model: a batch of decoding rows and prompt chunks in, one sampled token per ready row out."""
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Protocol
 
 import torch

@@ -5,9 +5,9 @@ import queue
 import threading
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
