@@ -1,6 +1,6 @@
 """Every environment variable of the package, read once into a frozen dataclass.
 
-`FIELDS` below is also what `make docs` prints into the README: name, type, default, unit, use.
+The README's table of settings is made from `FIELDS` below (docs.py).
 """
 
 import dataclasses

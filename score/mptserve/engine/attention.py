@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from mptserve.engine.config import MPTConfig
@@ -202,7 +203,7 @@ class PagedPlan:
 
     def _attend(self, kv_cache: Tensor, q: Tensor, table: Tensor, positions: Tensor) -> Tensor:
         """q [B, T, H, D], table [B, blocks], positions [B, T] of the queries -> [B, T, H, D]."""
-        keys, values = kv_cache[:, table].transpose(3, 4).flatten(2, 3)  # each [B, S, H, D]
+        keys, values = rearrange(kv_cache[:, table], "two b block h t d -> two b (block t) h d")
         u = torch.arange(keys.shape[1], device=q.device) - positions[..., None]  # [B, T, S]
         bias = self.slopes[:, None, None] * u[:, None]
         bias = bias.masked_fill(u[:, None] > 0, -torch.inf)

@@ -6,8 +6,8 @@ seed gives the same text after a preemption or on another machine with equal log
 probabilities and taking the largest is sampling from them (the Gumbel-max trick).
 
 No full sort: the 64 most likely tokens with log probabilities normalised over the whole vocabulary decide most rows;
-the rows whose filters keep more than those are done again over 1024, and then over all. All reductions are per row (log_softmax,
-cumsum, topk), so a row's bits do not depend on the batch either.
+the rows whose filters keep more than those are done again over 1024, and then over all. All reductions are per row
+(log_softmax, cumsum, topk), so a row's bits do not depend on the batch either.
 """
 
 import math

@@ -1,0 +1,67 @@
+"""Writes the README's tables of parameters and settings from the schema and the settings themselves.
+
+python -m mptserve.docs [--check] README.md
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mptserve.request import request_schema
+from mptserve.settings import FIELDS, Settings
+
+
+def main(argv: list[str]) -> int:
+    """Refresh the tables in the file, or with --check only say whether they are up to date."""
+    path = Path(argv[-1])
+    text = path.read_text(encoding="utf-8")
+    fresh = text
+    for name, table in (("parameters", parameter_table()), ("settings", setting_table())):
+        block = f"<!-- {name}: made by `make format` -->\n{table}\n<!-- end -->"
+        fresh, n = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, b=block: b, fresh, flags=re.DOTALL)
+        if n != 1:
+            sys.exit(f"{path} must have one place for the {name}, found {n}")
+    if "--check" in argv:
+        if fresh != text:
+            print(f"{path} is out of date: run `make format`")
+        return int(fresh != text)
+    path.write_text(fresh, encoding="utf-8")
+    return 0
+
+
+def parameter_table() -> str:
+    """Return the request parameters as a Markdown table."""
+    rows = ["| parameter | default | range | per prompt | what it does |", "|---|---|---|---|---|"]
+    for name, rule in request_schema(Settings())["$defs"]["parameters"]["properties"].items():
+        default = f"`{json.dumps(rule['default'])}`" if "default" in rule else ""
+        each = "yes" if rule.get("x-per-prompt") else ""
+        rows.append(f"| `{name}` | {default} | {_range(rule)} | {each} | {rule['description']} |")
+    return "\n".join(rows)
+
+
+def _range(rule: dict[str, Any]) -> str:
+    if "enum" in rule:
+        return ", ".join(rule["enum"])
+    if rule.get("type") == "boolean":
+        return "true, false"
+    if "anyOf" in rule:
+        return "string or list of strings"
+    low = f"above {rule['exclusiveMinimum']}" if "exclusiveMinimum" in rule else f"{rule['minimum']}"
+    return f"{low} to {rule['maximum']}"
+
+
+def setting_table() -> str:
+    """Return the environment variables as a Markdown table."""
+    rows = ["| variable | default | what it does |", "|---|---|---|"]
+    for f in FIELDS:
+        choices = f.metadata["choices"]
+        allowed = f" ({', '.join(choices)})" if choices else ""
+        default = f"`{f.default}`" if f.default != "" else ""
+        rows.append(f"| `{f.metadata['env']}` | {default} | {f.metadata['use']}{allowed} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1001 @@
+"""Bodies to requests: every rule, what is said about those who break it, and agreement with the published schema."""
+
+import json
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
+
+from mptserve.engine import SamplingParams
+from mptserve.errors import BadSetting, InvalidRequest, ScoringError, TooLarge
+from mptserve.request import GenerateRequest, PromptRequest, RequestParser, openapi_parameters, request_schema
+from mptserve.settings import Settings, read_settings
+
+PARSER = RequestParser(Settings())
+KNOWN = ", ".join(PARSER.rules)
+AT = "/input_data/parameters"
+SECRET = "zxqj"
+"""Part of every generated prompt and stop string: it may be in no error."""
+
+
+def card(prompts: Any = ("a", "b"), **parameters: Any) -> dict[str, Any]:
+    """Return a body in the model card's form."""
+    prompts = list(prompts) if isinstance(prompts, tuple) else prompts
+    return {"input_data": {"input_string": prompts, "parameters": parameters}}
+
+
+def parse(body: Any, parser: RequestParser = PARSER) -> GenerateRequest:
+    return parser.parse(body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+def refusal(body: Any, parser: RequestParser = PARSER) -> tuple[str, str | None, str]:
+    """Return (code, field, message) of the error that `body` must give."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse(body, parser)
+    error = caught.value
+    assert (error.status, str(error)) == (400, error.message)
+    return error.code, error.field, error.message
+
+
+def sampling(body: Any, parser: RequestParser = PARSER) -> list[SamplingParams]:
+    return [prompt.sampling for prompt in parse(body, parser).prompts]
+
+
+# The whole request ---------------------------------------------------------------------------------------------------
+
+
+def test_request_that_sets_nothing_gets_the_defaults():
+    request = parse({"input_data": {"input_string": "once"}})
+    seed = request.prompts[0].sampling.seed
+    assert 0 <= seed < 2**32
+    assert request == GenerateRequest(
+        prompts=[
+            PromptRequest(
+                prompt="once",
+                pointer="/input_data/input_string",
+                sampling=SamplingParams(
+                    max_new_tokens=64,
+                    min_new_tokens=0,
+                    temperature=1.0,
+                    top_p=1.0,
+                    top_k=0,
+                    min_p=0.0,
+                    repetition_penalty=1.0,
+                    presence_penalty=0.0,
+                    frequency_penalty=0.0,
+                    seed=seed,
+                    ignore_eos=False,
+                    logprobs=None,
+                ),
+                truncate=None,
+            )
+        ],
+        stop=(),
+        num_return_sequences=1,
+        return_full_text=True,
+        stream=False,
+        details=False,
+        output_format="records",
+    )
+
+
+def test_request_that_sets_everything_gets_all_of_it():
+    body = card(
+        ("one", "two"),
+        max_new_tokens=[10, 20],
+        min_new_tokens=[3, 4],
+        do_sample=[True, False],
+        temperature=[0.5, 2],
+        top_p=[0.25, 0.5],
+        top_k=[5, 6],
+        min_p=[0.125, 0.75],
+        repetition_penalty=[1.5, 2],
+        presence_penalty=[0.5, -1],
+        frequency_penalty=[-0.5, 3],
+        stop=["\n\n", "###"],
+        seed=[7, 8],
+        num_return_sequences=2,
+        return_full_text=False,
+        ignore_eos=[True, False],
+        logprobs=4,
+        truncate=[100, 200],
+        stream=True,
+        details=True,
+        output_format="list",
+    )
+    assert parse(body) == GenerateRequest(
+        prompts=[
+            PromptRequest(
+                "one",
+                "/input_data/input_string/0",
+                SamplingParams(10, 3, 0.5, 0.25, 5, 0.125, 1.5, 0.5, -0.5, 7, True, 4),
+                100,
+            ),
+            PromptRequest(
+                "two",
+                "/input_data/input_string/1",
+                SamplingParams(20, 4, 0.0, 0.5, 6, 0.75, 2.0, -1.0, 3.0, 8, False, 4),
+                200,
+            ),
+        ],
+        stop=("\n\n", "###"),
+        num_return_sequences=2,
+        return_full_text=False,
+        stream=True,
+        details=True,
+        output_format="list",
+    )
+
+
+def test_null_is_the_same_as_leaving_out():
+    assert sampling(card("x", seed=1) | {}) == sampling(
+        card("x", seed=1, **dict.fromkeys(set(PARSER.rules) - {"seed"}))
+    )
+    for parameters in (None, {}):
+        assert parse({"input_data": {"input_string": "x", "parameters": parameters}}).prompts[0].prompt == "x"
+        assert parse({"input_data": "x", "params": parameters}).prompts[0].prompt == "x"
+
+
+# Dialects ------------------------------------------------------------------------------------------------------------
+
+DIALECTS = {
+    "the model card's": (
+        {"input_data": {"input_string": ["a"], "parameters": {"top_k": 7}}},
+        "/input_data/input_string/0",
+        "/input_data/parameters",
+    ),
+    "the model card's with one string": (
+        {"input_data": {"input_string": "a", "parameters": {"top_k": 7}}},
+        "/input_data/input_string",
+        "/input_data/parameters",
+    ),
+    "Dolly's, LangChain's": (
+        {"input_data": {"input_string": ["a"]}, "parameters": {"top_k": 7}},
+        "/input_data/input_string/0",
+        "/parameters",
+    ),
+    "MLflow's": ({"input_data": ["a"], "params": {"top_k": 7}}, "/input_data/0", "/params"),
+    "MLflow's with one string": ({"input_data": "a", "params": {"top_k": 7}}, "/input_data", "/params"),
+    "LangChain's for GPT-2 and OSS": (
+        {"inputs": {"input_string": ["a"]}, "parameters": {"top_k": 7}},
+        "/inputs/input_string/0",
+        "/parameters",
+    ),
+    "Hugging Face's": ({"inputs": ["a"], "parameters": {"top_k": 7}}, "/inputs/0", "/parameters"),
+    "Hugging Face's with one string": ({"inputs": "a", "parameters": {"top_k": 7}}, "/inputs", "/parameters"),
+}
+
+
+def with_parameters(dialect: str, parameters: Any) -> dict[str, Any]:
+    """Return the dialect's body with other parameters."""
+    body, _, at = DIALECTS[dialect]
+    body = json.loads(json.dumps(body))
+    inside = body["input_data"] if at.startswith("/input_data") else body
+    inside[at.rsplit("/", 1)[1]] = parameters
+    return body
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_dialect_is_understood(dialect):
+    body, prompt_at, _ = DIALECTS[dialect]
+    (prompt,) = parse(body).prompts
+    assert (prompt.prompt, prompt.pointer, prompt.sampling.top_k) == ("a", prompt_at, 7)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_error_points_into_the_callers_own_dialect(dialect):
+    at = DIALECTS[dialect][2]
+    assert refusal(with_parameters(dialect, {"top_k": "x"})) == (
+        "wrong_type",
+        f"{at}/top_k",
+        "`top_k` must be a whole number, got a string of 1 character",
+    )
+    assert refusal(with_parameters(dialect, [])) == ("wrong_type", at, f"`{at}` must be an object, got a list of 0")
+
+
+def test_parameters_may_be_left_out_where_the_dialect_has_them():
+    for body in ({"input_data": {"input_string": ["a"]}}, {"input_data": ["a"]}, {"inputs": "a"}):
+        assert [p.prompt for p in parse(body).prompts] == ["a"]
+
+
+def test_quoted_prompt_of_langchain_is_taken_as_it_is():
+    assert parse({"inputs": {"input_string": ['"say hi"']}, "parameters": {}}).prompts[0].prompt == '"say hi"'
+
+
+NO_DIALECT = [
+    ([], ("wrong_type", "", "the body must be a JSON object, got a list of 0")),
+    ("x", ("wrong_type", "", "the body must be a JSON object, got a string of 1 character")),
+    (None, ("wrong_type", "", "the body must be a JSON object, got null")),
+    (5, ("wrong_type", "", "the body must be a JSON object, got 5")),
+    ({}, ("missing_field", "", "`input_data` is missing: the prompts go there, as `input_data.input_string`")),
+    (
+        {"prompt": "x"},
+        ("missing_field", "", "`input_data` is missing: the prompts go there, as `input_data.input_string`"),
+    ),
+    (
+        {"input_data": {}},
+        ("missing_field", "/input_data", "`/input_data/input_string` is missing: the prompts go there"),
+    ),
+    ({"inputs": {}}, ("missing_field", "/inputs", "`/inputs/input_string` is missing: the prompts go there")),
+    (
+        {"input_data": {"input_strings": ["x"]}},
+        ("unknown_field", "/input_data/input_strings", "`input_strings` is not known; did you mean `input_string`?"),
+    ),
+    (
+        {"inputs": {"input_string": "x", "parameters": {}}},
+        ("unknown_field", "/inputs/parameters", "`parameters` is not known; known are input_string"),
+    ),
+    (
+        {"input_data": ["x"], "parameters": {}},
+        ("unknown_field", "/parameters", "`parameters` is not known; did you mean `params`?"),
+    ),
+    (
+        {"input_data": {"input_string": "x"}, "params": {}},
+        ("unknown_field", "/params", "`params` is not known; did you mean `parameters`?"),
+    ),
+    (
+        {"inputs": "x", "input_data": "x"},
+        ("unknown_field", "/inputs", "`inputs` is not known; did you mean `input_data`?"),
+    ),
+    (
+        {"input_data": {"input_string": "x", "parameters": {}}, "parameters": {}},
+        ("invalid_request", "/parameters", "parameters are given twice, in `input_data` and beside it"),
+    ),
+    (
+        {"input_data": "x", "a/b~c": 1},
+        ("unknown_field", "/a~1b~0c", "a name of 5 characters is not known; known are input_data, params"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("body", "expected"), NO_DIALECT)
+def test_body_of_no_dialect_is_told_what_is_wrong(body, expected):
+    assert refusal(body) == expected
+
+
+# Bytes ---------------------------------------------------------------------------------------------------------------
+
+NOT_JSON = [
+    (b"", "the body is empty; it must be a JSON object"),
+    (b" ", "the body must be JSON; line 1, column 2: Expecting value"),
+    (
+        b'{"input_data": "x",\n}',
+        "the body must be JSON; line 2, column 1: Expecting property name enclosed in double quotes",
+    ),
+    (b'{"input_data": "x"} x', "the body must be JSON; line 1, column 21: Extra data"),
+    (b'{"input_data": "\xff"}', "the body must be UTF-8; byte 16 is not"),
+    ('{"input_data": "x"}'.encode("utf-16"), "the body must be UTF-8; byte 0 is not"),
+    (b'{"input_data": NaN}', "the body must be JSON, which has no NaN"),
+    (b'{"input_data": -Infinity}', "the body must be JSON, which has no -Infinity"),
+    (b"[" * 100_000, "the body is nested too deeply"),
+    (b'{"a":' * 100_000, "the body is nested too deeply"),
+    (b'{"input_data": "x", "params": {"seed": 1' + b"0" * 5000 + b"}}", "the body holds a number that is too long"),
+]
+
+
+@pytest.mark.parametrize(("body", "message"), NOT_JSON, ids=[message[:40] for _, message in NOT_JSON])
+def test_bytes_that_are_no_json(body, message):
+    if message.startswith("the body must be JSON; line 2"):  # Python 3.13 words this one anew
+        assert refusal(body)[:2] == ("invalid_json", "")
+    else:
+        assert refusal(body) == ("invalid_json", "", message)
+
+
+def test_byte_order_mark_of_windows_tools_is_skipped():
+    assert parse(b'\xef\xbb\xbf{"input_data": "x"}').prompts[0].prompt == "x"
+
+
+def test_body_may_be_as_large_as_the_limit_and_no_larger():
+    parser = RequestParser(Settings(max_body_bytes=100))
+    assert parser.parse(b'{"input_data": "x"}'.ljust(100)).prompts[0].prompt == "x"
+    with pytest.raises(TooLarge) as caught:
+        parser.parse(b'{"input_data": "x"}'.ljust(101))
+    error = caught.value
+    assert (error.status, error.code, error.field) == (413, "body_too_large", None)
+    assert error.message == "the body must be at most 100 bytes, got 101"
+
+
+@pytest.mark.parametrize("item", [b"1", b'""'])
+def test_list_of_a_million_items_is_refused_without_looking_at_each(item):
+    """Looking costs 10 to 30 µs each, in a process that must also answer the health probe."""
+    items = b"[" + b",".join([item] * 500_000) + b"]"
+    for body, expected in (
+        (
+            b'{"input_data":' + items + b"}",
+            ("/input_data", "`/input_data` must have at most 128 items, got a list of 500000"),
+        ),
+        (
+            b'{"input_data":"x","params":{"stop":' + items + b"}}",
+            ("/params/stop", "`stop` must have at most 16 items, got a list of 500000"),
+        ),
+        (
+            b'{"input_data":"x","params":{"seed":' + items + b"}}",
+            ("/params/seed", "`seed` as a list needs one value per prompt (1), got 500000"),
+        ),
+    ):
+        started = time.process_time()
+        assert refusal(body) == ("wrong_length", *expected)
+        assert time.process_time() - started < 2
+
+
+# Prompts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 128])
+def test_any_number_of_prompts_up_to_the_limit(n):
+    texts = [f"prompt {i}" for i in range(n)]
+    assert [(p.prompt, p.pointer) for p in parse(card(texts)).prompts] == [
+        (text, f"/input_data/input_string/{i}") for i, text in enumerate(texts)
+    ]
+
+
+def test_empty_prompt_is_a_prompt():
+    assert [p.prompt for p in parse(card(("", "x"))).prompts] == ["", "x"]
+
+
+BAD_PROMPTS = [
+    ([], "wrong_length", "", "must have at least 1 item, got a list of 0"),
+    (["x"] * 129, "wrong_length", "", "must have at most 128 items, got a list of 129"),
+    (None, "wrong_type", "", "must be a string or a list of strings, got null"),
+    (5, "wrong_type", "", "must be a string or a list of strings, got 5"),
+    (1e400, "wrong_type", "", "must be a string or a list of strings, got inf"),
+    (True, "wrong_type", "", "must be a string or a list of strings, got a boolean"),
+    ({}, "wrong_type", "", "must be a string or a list of strings, got an object of 0"),
+    (["x", 5], "wrong_type", "/1", "must be a string, got 5"),
+    (["x", None], "wrong_type", "/1", "must be a string, got null"),
+    ([["x"]], "wrong_type", "/0", "must be a string, got a list of 1"),
+    ([{"role": "user", "content": "x"}], "wrong_type", "/0", "must be a string, got an object of 2"),
+    ("\ud800x", "invalid_text", "", "must be Unicode text; character 0 is half of a surrogate pair"),
+    (["x", "xy\udfff"], "invalid_text", "/1", "must be Unicode text; character 2 is half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "code", "below", "rule"), BAD_PROMPTS)
+def test_bad_prompts_are_refused(prompts, code, below, rule):
+    at = f"/input_data/input_string{below}"
+    body = json.dumps(card(prompts)).replace("Infinity", "1e400").encode()
+    assert refusal(body) == (code, at, f"`{at}` {rule}")
+
+
+def test_surrogate_pair_is_one_character():
+    assert parse(b'{"input_data": "\\ud83e\\udd8a"}').prompts[0].prompt == "🦊"
+
+
+# Parameters ----------------------------------------------------------------------------------------------------------
+
+INTEGERS = {
+    "max_new_tokens": (1, 4096),
+    "min_new_tokens": (0, 64),  # up to max_new_tokens' default here
+    "top_k": (0, 1_000_000),
+    "seed": (0, 2**53 - 1),
+    "num_return_sequences": (1, 16),
+    "logprobs": (0, 20),
+    "truncate": (1, 1 << 20),
+}
+NUMBERS = {
+    "temperature": (0, 100),
+    "top_p": (5e-324, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (0.01, 100),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+}
+BOOLEANS = ["do_sample", "return_full_text", "ignore_eos", "stream", "details"]
+ONE_FOR_ALL = [
+    "num_return_sequences",
+    "logprobs",
+    "stop",
+    "stop_sequences",
+    *(set(BOOLEANS) - {"do_sample", "ignore_eos"}),
+]
+WHERE = {"num_return_sequences", "return_full_text", "stream", "details", "output_format"}
+
+
+def value_of(request: GenerateRequest, name: str) -> Any:
+    """Return the parsed value of a parameter, of the first prompt where each has one."""
+    if name in WHERE:
+        return getattr(request, name)
+    return request.prompts[0].truncate if name == "truncate" else getattr(request.prompts[0].sampling, name)
+
+
+def parsed(name: str, value: Any) -> Any:
+    more = {"details": True} if name == "logprobs" else {}
+    return value_of(parse(card("x", **{name: value}, **more)), name)
+
+
+def test_tables_here_name_every_parameter():
+    tables = {*INTEGERS, *NUMBERS, *BOOLEANS, "stop", "stop_sequences", "output_format"}
+    assert tables == set(PARSER.rules)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integer_may_be_anything_in_its_range_and_may_be_written_as_a_float(name):
+    low, high = INTEGERS[name]
+    for value in (low, high, (low + high) // 2):
+        found = [parsed(name, value), parsed(name, float(value))]
+        assert (found, [type(f) for f in found]) == ([value, value], [int, int])
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_number_may_be_anything_in_its_range(name):
+    low, high = NUMBERS[name]
+    for value in (low, high, (low + high) / 2):
+        found = parsed(name, value)
+        assert (found, type(found)) == (value, float)
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_boolean_may_be_either(name):
+    if name == "do_sample":  # becomes a temperature
+        assert [parsed_temperature(do_sample=v) for v in (True, False)] == [1.0, 0.0]
+    else:
+        assert [parsed(name, v) for v in (True, False)] == [True, False]
+
+
+@pytest.mark.parametrize("value", ["records", "columns", "list"])
+def test_output_format_may_be_any_of_three(value):
+    assert parsed("output_format", value) == value
+
+
+OUT_OF_RANGE = [
+    ("max_new_tokens", 0, "must be at least 1, got 0"),
+    ("max_new_tokens", 4097, "must be at most 4096, got 4097"),
+    ("min_new_tokens", -1, "must be at least 0, got -1"),
+    ("min_new_tokens", 4097, "must be at most 4096, got 4097"),
+    ("temperature", -1e-9, "must be at least 0, got -1e-09"),
+    ("temperature", 100.5, "must be at most 100, got 100.5"),
+    ("top_p", 0, "must be above 0, got 0"),
+    ("top_p", -0.5, "must be above 0, got -0.5"),
+    ("top_p", 1.0001, "must be at most 1, got 1.0001"),
+    ("top_k", -1, "must be at least 0, got -1"),
+    ("top_k", 1_000_001, "must be at most 1000000, got 1000001"),
+    ("min_p", -0.1, "must be at least 0, got -0.1"),
+    ("min_p", 1.1, "must be at most 1, got 1.1"),
+    ("repetition_penalty", 0.001, "must be at least 0.01, got 0.001"),
+    ("repetition_penalty", 101, "must be at most 100, got 101"),
+    ("presence_penalty", -100.5, "must be at least -100, got -100.5"),
+    ("presence_penalty", 101, "must be at most 100, got 101"),
+    ("frequency_penalty", -101, "must be at least -100, got -101"),
+    ("frequency_penalty", 100.5, "must be at most 100, got 100.5"),
+    ("seed", -1, "must be at least 0, got -1"),
+    ("seed", 2**53, "must be at most 9007199254740991, got 9007199254740992"),
+    ("seed", 10**400, "must be at most 9007199254740991, got a number of 401 digits"),
+    ("seed", -(10**400), "must be at least 0, got a number of 401 digits"),
+    ("num_return_sequences", 0, "must be at least 1, got 0"),
+    ("num_return_sequences", 17, "must be at most 16, got 17"),
+    ("logprobs", -1, "must be at least 0, got -1"),
+    ("logprobs", 21, "must be at most 20, got 21"),
+    ("truncate", 0, "must be at least 1, got 0"),
+    ("truncate", 1048577, "must be at most 1048576, got 1048577"),
+    ("output_format", "csv", "must be one of `records`, `columns`, `list`, got a string of 3 characters"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule"), OUT_OF_RANGE)
+def test_value_out_of_range_is_refused(name, value, rule):
+    assert refusal(card("x", **{name: value})) == ("out_of_range", f"{AT}/{name}", f"`{name}` {rule}")
+
+
+WRONG_TYPES = {
+    "a whole number": (INTEGERS, [10.5, -0.5, True, False, "5", {}, [[1]]]),
+    "a number": (NUMBERS, [True, False, "0.5", "", {"a": 1}, [[0.5]]]),
+    "a boolean": (BOOLEANS, [0, 1, 1.0, "true", {}, [[True]]]),
+    "a string": (["output_format"], [0, True, ["records"], {}]),
+    "a string or a list of strings": (["stop", "stop_sequences"], [0, 0.5, True, {"a": 1}]),
+}
+DESCRIBED = [
+    ("5", "a string of 1 character"),
+    ("0.5", "a string of 3 characters"),
+    ("", "a string of 0 characters"),
+    ("true", "a string of 4 characters"),
+    ({}, "an object of 0"),
+    ({"a": 1}, "an object of 1"),
+    (True, "a boolean"),
+    (False, "a boolean"),
+    (["records"], "a list of 1"),
+    ([1], "a list of 1"),
+    ([0.5], "a list of 1"),
+    ([True], "a list of 1"),
+]
+
+
+def described(value: Any) -> str:
+    return next((words for v, words in DESCRIBED if v == value and type(v) is type(value)), str(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "value"),
+    [(name, wanted, value) for wanted, (names, values) in WRONG_TYPES.items() for name in names for value in values],
+)
+def test_value_of_the_wrong_type_is_refused(name, wanted, value):
+    at, value_at = f"{AT}/{name}", f"{AT}/{name}"
+    if isinstance(value, list) and PARSER.rules[name].get("x-per-prompt"):
+        value, value_at = value, f"{at}/0"
+        shown = described(value[0])
+    else:
+        shown = described(value)
+    assert refusal(card("x", **{name: value})) == ("wrong_type", value_at, f"`{name}` must be {wanted}, got {shown}")
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *NUMBERS])
+@pytest.mark.parametrize("text", ["1e400", "-1e400"])
+def test_number_that_overflows_is_refused(name, text):
+    body = json.dumps(card("x", **{name: 0})).replace(": 0", f": {text}").encode()
+    shown = "inf" if text[0] == "1" else "-inf"
+    code, field, message = refusal(body)
+    if name in INTEGERS:
+        assert (code, message) == ("wrong_type", f"`{name}` must be a whole number, got {shown}")
+    else:
+        limit = (
+            PARSER.rules[name]["maximum" if text[0] == "1" else "minimum"] if (name, shown) != ("top_p", "-inf") else 0
+        )
+        rule = "at most" if text[0] == "1" else "above" if name == "top_p" else "at least"
+        assert (code, message) == ("out_of_range", f"`{name}` must be {rule} {limit}, got {shown}")
+    assert field == f"{AT}/{name}"
+
+
+def parsed_temperature(**parameters: Any) -> float:
+    return sampling(card("x", **parameters))[0].temperature
+
+
+def test_greedy_is_temperature_zero_however_it_is_asked_for():
+    assert parsed_temperature(do_sample=False, temperature=0.7) == 0.0
+    assert parsed_temperature(temperature=0) == 0.0
+    assert parsed_temperature(temperature=0.00999) == 0.0
+    assert parsed_temperature(temperature=0.01) == 0.01
+    assert parsed_temperature(do_sample=True, temperature=0.7) == 0.7
+
+
+# Lists per prompt ----------------------------------------------------------------------------------------------------
+
+PER_PROMPT = {name: rule for name, rule in PARSER.rules.items() if rule.get("x-per-prompt")}
+
+
+def test_parameters_that_may_differ_from_prompt_to_prompt():
+    assert set(PER_PROMPT) == {*INTEGERS, *NUMBERS, *BOOLEANS} - set(ONE_FOR_ALL)
+
+
+@pytest.mark.parametrize("name", PER_PROMPT)
+def test_list_per_prompt_needs_one_good_value_for_each(name):
+    good = PARSER.rules[name].get("minimum", 0.5 if name == "top_p" else False)
+    assert len(parse(card(("a", "b"), **{name: [good, good]})).prompts) == 2
+    for values in ([], [good], [good] * 3):
+        assert refusal(card(("a", "b"), **{name: values})) == (
+            "wrong_length",
+            f"{AT}/{name}",
+            f"`{name}` as a list needs one value per prompt (2), got {len(values)}",
+        )
+    kind = {"integer": "whole number"}.get(PARSER.rules[name]["type"], PARSER.rules[name]["type"])
+    assert refusal(card(("a", "b"), **{name: [good, None]})) == (
+        "wrong_type",
+        f"{AT}/{name}/1",
+        f"`{name}` must be a {kind}, got null",
+    )
+
+
+def test_list_of_one_goes_with_a_prompt_that_stands_alone():
+    assert sampling(card("x", temperature=[0.5]))[0].temperature == 0.5
+
+
+@pytest.mark.parametrize("name", ["num_return_sequences", "logprobs", "return_full_text", "stream", "details"])
+def test_parameter_of_the_whole_request_takes_no_list(name):
+    value = 1 if name in INTEGERS else True
+    wanted = "a whole number" if name in INTEGERS else "a boolean"
+    assert refusal(card(("a", "b"), **{name: [value, value]})) == (
+        "wrong_type",
+        f"{AT}/{name}",
+        f"`{name}` must be {wanted}, got a list of 2",
+    )
+
+
+# Seeds ---------------------------------------------------------------------------------------------------------------
+
+
+def test_seed_that_is_given_is_every_prompts_seed():
+    assert [s.seed for s in sampling(card(("a", "b", "c"), seed=5))] == [5, 5, 5]
+    assert [s.seed for s in sampling(card(("a", "b"), seed=[5, 6]))] == [5, 6]
+
+
+def test_seed_that_is_left_out_is_drawn_for_each_prompt():
+    seeds = [s.seed for s in sampling(card(["x"] * 100))]
+    assert all(0 <= seed < 2**32 for seed in seeds)
+    assert len(set(seeds)) > 95
+    assert seeds != [s.seed for s in sampling(card(["x"] * 100))]
+
+
+# Stop strings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_sequences"])
+def test_stop_may_be_a_string_or_a_list_and_has_two_names(name):
+    for value, expected in (("x", ("x",)), ([], ()), (["x", "yz"], ("x", "yz")), (["é"] * 16, ("é",) * 16)):
+        assert parse(card(("a", "b"), **{name: value})).stop == expected
+    assert parse(card("a", **{name: "x" * 256})).stop == ("x" * 256,)
+
+
+@pytest.mark.parametrize("name", ["stop", "stop_sequences"])
+@pytest.mark.parametrize(
+    ("value", "code", "below", "rule"),
+    [
+        ("", "wrong_length", "", "not be empty, got a string of 0 characters"),
+        ("x" * 257, "wrong_length", "", "have at most 256 characters, got a string of 257 characters"),
+        (["x"] * 17, "wrong_length", "", "have at most 16 items, got a list of 17"),
+        (["x", ""], "wrong_length", "/1", "not be empty, got a string of 0 characters"),
+        (["x" * 257], "wrong_length", "/0", "have at most 256 characters, got a string of 257 characters"),
+        (["x", 5], "wrong_type", "/1", "be a string, got 5"),
+        ([None], "wrong_type", "/0", "be a string, got null"),
+        ([["x"]], "wrong_type", "/0", "be a string, got a list of 1"),
+        ("\udc00", "invalid_text", "", "be Unicode text; character 0 is half of a surrogate pair"),
+        (["x", "y\udc00"], "invalid_text", "/1", "be Unicode text; character 1 is half of a surrogate pair"),
+    ],
+)
+def test_bad_stop_is_refused(name, value, code, below, rule):
+    at = f"{AT}/{name}{below}"
+    subject = f"`{at}`" if below or code == "invalid_text" else f"`{name}`"
+    assert refusal(card("a", **{name: value})) == (code, at, f"{subject} must {rule}")
+
+
+def test_stop_under_both_names_is_refused():
+    assert refusal(card("a", stop="x", stop_sequences="x")) == (
+        "invalid_request",
+        f"{AT}/stop_sequences",
+        "`stop` and `stop_sequences` are the same; give one",
+    )
+    assert parse(card("a", stop=None, stop_sequences="x")).stop == ("x",)
+
+
+# Rules between parameters --------------------------------------------------------------------------------------------
+
+
+def test_min_new_tokens_above_max_new_tokens_is_refused():
+    at = (f"{AT}/min_new_tokens", "`min_new_tokens` must be at most `max_new_tokens` (9), got 10")
+    assert refusal(card("a", max_new_tokens=9, min_new_tokens=10)) == ("out_of_range", *at)
+    assert refusal(card(("a", "b"), max_new_tokens=[10, 9], min_new_tokens=10.0)) == ("out_of_range", *at)
+    assert refusal(card("a", min_new_tokens=65)) == (
+        "out_of_range",
+        f"{AT}/min_new_tokens",
+        "`min_new_tokens` must be at most `max_new_tokens` (64), got 65",
+    )
+    assert sampling(card("a", max_new_tokens=10, min_new_tokens=10))[0].min_new_tokens == 10
+
+
+def test_logprobs_need_details():
+    expected = ("invalid_request", f"{AT}/logprobs", "`logprobs` are part of the details; ask for `details` too")
+    assert refusal(card("a", logprobs=0)) == expected
+    assert refusal(card("a", logprobs=3, details=False)) == expected
+    assert sampling(card("a", logprobs=3, details=True))[0].logprobs == 3
+
+
+# Unknown names -------------------------------------------------------------------------------------------------------
+
+HINTS = {
+    "temprature": "temperature",
+    "Temperature": "temperature",
+    "max_tokens": "max_new_tokens",
+    "max_length": "max_new_tokens",
+    "min_tokens": "min_new_tokens",
+    "topk": "top_k",
+    "topP": "top_p",
+    "repeat_penalty": "repetition_penalty",
+    "stop_sequence": "stop_sequences",
+    "return_text": "return_full_text",
+    "num_sequences": "num_return_sequences",
+    "streaming": "stream",
+    "random_seed": None,
+    "n": None,
+    "x-per-prompt": None,
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_unknown_parameter_is_refused_with_the_nearest_known_one(name):
+    hint = f"did you mean `{HINTS[name]}`?" if HINTS[name] else f"known are {KNOWN}"
+    shown = f"`{name}`" if name.isidentifier() else f"a name of {len(name)} characters"
+    assert refusal(card("a", **{name: 1})) == ("unknown_parameter", f"{AT}/{name}", f"{shown} is not known; {hint}")
+
+
+def test_long_or_strange_name_is_not_repeated():
+    name = "my secret / prompt ~ " * 10
+    code, field, message = refusal(card("a", **{name: 1}))
+    assert (code, message) == ("unknown_parameter", f"a name of {len(name)} characters is not known; known are {KNOWN}")
+    assert field == f"{AT}/{name[:64].replace('~', '~0').replace('/', '~1')}"
+
+
+def test_null_parameter_of_an_unknown_name_is_left_out_like_the_known_ones():
+    assert parse(card("a", n=None)).prompts[0].prompt == "a"
+
+
+# Operators' limits and defaults --------------------------------------------------------------------------------------
+
+
+def with_defaults(**defaults: Any) -> RequestParser:
+    return RequestParser(read_settings({"MPT_DEFAULTS": json.dumps(defaults)}))
+
+
+def test_operators_limits_are_laid_over_the_schema():
+    parser = RequestParser(Settings(max_prompts=1, max_new_tokens=32, max_sequences=2, output_format="columns"))
+    at = "/input_data/input_string"
+    assert refusal(card(("a", "b")), parser) == (
+        "wrong_length",
+        at,
+        f"`{at}` must have at most 1 item, got a list of 2",
+    )
+    assert [refusal(card("a", **{name: value}), parser)[2] for name, value in (
+        ("max_new_tokens", 33),
+        ("min_new_tokens", 33),
+        ("num_return_sequences", 3),
+    )] == [
+        "`max_new_tokens` must be at most 32, got 33",
+        "`min_new_tokens` must be at most 32, got 33",
+        "`num_return_sequences` must be at most 2, got 3",
+    ]  # fmt: skip
+    request = parse(card("a"), parser)
+    assert (request.prompts[0].sampling.max_new_tokens, request.output_format) == (32, "columns")
+    assert parse(card("a", output_format="list"), parser).output_format == "list"
+
+
+def test_operators_may_allow_more_than_the_schema_does():
+    parser = RequestParser(Settings(max_prompts=300, max_new_tokens=65536, max_sequences=20))
+    request = parse(card(["x"] * 300, max_new_tokens=65536, num_return_sequences=20), parser)
+    assert (len(request.prompts), request.prompts[0].sampling.max_new_tokens, request.num_return_sequences) == (
+        300,
+        65536,
+        20,
+    )
+
+
+def test_defaults_hold_where_a_request_says_nothing():
+    parser = with_defaults(temperature=0.7, max_new_tokens=200, stop="\n", details=True, logprobs=2, top_k=None)
+    request = parse(card("a", seed=1), parser)
+    assert request.prompts[0].sampling == SamplingParams(max_new_tokens=200, temperature=0.7, seed=1, logprobs=2)
+    assert (request.stop, request.details) == (("\n",), True)
+    request = parse(card("a", temperature=0.5, stop=[], max_new_tokens=5), parser)
+    assert (request.prompts[0].sampling.temperature, request.stop) == (0.5, ())
+
+
+def test_default_stop_may_have_its_other_name():
+    parser = with_defaults(stop_sequences=["\n"])
+    assert parse(card("a"), parser).stop == ("\n",)
+    assert parse(card("a", stop="x"), parser).stop == parse(card("a", stop_sequences="x"), parser).stop == ("x",)
+
+
+def test_default_of_null_is_no_default():
+    parser = with_defaults(**dict.fromkeys(PARSER.rules))
+    assert parse(card("a", seed=1), parser) == parse(card("a", seed=1))
+
+
+def test_defaults_are_written_into_the_schema():
+    rules = request_schema(Settings(defaults='{"temperature": 0.7, "stop_sequences": ["x"], "top_k": null}'))
+    rules = rules["$defs"]["parameters"]["properties"]
+    found = {name: rules[name].get("default") for name in ("temperature", "stop", "stop_sequences", "top_k")}
+    assert found == {"temperature": 0.7, "stop": ["x"], "stop_sequences": None, "top_k": 0}
+
+
+BAD_DEFAULTS = [
+    ('{"temprature": 1}', "`temprature` is not known; did you mean `temperature`?"),
+    ('{"temperature": "hot"}', "`temperature` must be a number, got a string of 3 characters"),
+    ('{"temperature": 101}', "`temperature` must be at most 100, got 101"),
+    ('{"temperature": 1e400}', "`temperature` must be at most 100, got inf"),
+    ('{"temperature": [0.5]}', "`temperature` must be a number, got a list of 1"),
+    ('{"max_new_tokens": 4097}', "`max_new_tokens` must be at most 4096, got 4097"),
+    ('{"stop": "x", "stop_sequences": "x"}', "`stop` and `stop_sequences` are the same; give one"),
+    ('{"stop": ["x", ""]}', "`MPT_DEFAULTS/stop/1` must not be empty, got a string of 0 characters"),
+    ('{"stop": "\\ud800"}', "`MPT_DEFAULTS/stop` must be Unicode text; character 0 is half of a surrogate pair"),
+    ('{"min_new_tokens": 65}', "`min_new_tokens` must be at most `max_new_tokens` (64), got 65"),
+    ('{"logprobs": 1}', "`logprobs` are part of the details; ask for `details` too"),
+]
+
+
+@pytest.mark.parametrize(("defaults", "message"), BAD_DEFAULTS)
+def test_bad_default_stops_the_start(defaults, message):
+    with pytest.raises(BadSetting) as caught:
+        RequestParser(read_settings({"MPT_DEFAULTS": defaults}))
+    assert str(caught.value) == f"MPT_DEFAULTS: {message}"
+
+
+def test_conflict_with_a_default_points_at_what_the_caller_gave():
+    parser = with_defaults(min_new_tokens=10, details=True, logprobs=1)
+    assert refusal(card("a", max_new_tokens=5), parser) == (
+        "out_of_range",
+        f"{AT}/max_new_tokens",
+        "`min_new_tokens` must be at most `max_new_tokens` (5), got 10",
+    )
+    assert refusal(card("a", details=False), parser) == (
+        "invalid_request",
+        f"{AT}/details",
+        "`logprobs` are part of the details; ask for `details` too",
+    )
+
+
+# Properties ----------------------------------------------------------------------------------------------------------
+
+SCHEMA = request_schema(Settings(max_prompts=4))
+SMALL = RequestParser(Settings(max_prompts=4))
+PUBLISHED = Draft202012Validator(openapi_parameters(SCHEMA))
+NOT_IN_A_SCHEMA = [
+    " as a list needs one value per prompt (",
+    "`min_new_tokens` must be at most `max_new_tokens` (",
+    "`stop` and `stop_sequences` are the same; give one",
+    "`logprobs` are part of the details; ask for `details` too",
+    " is half of a surrogate pair",
+]
+PROPERTY = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+names = st.sampled_from([*PARSER.rules, "input_data", "inputs", "input_string", "parameters", "params"]) | st.text(
+    max_size=4
+)
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-2, 5000)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.floats(-2, 2)
+    | st.text(st.characters(), max_size=5)
+    | st.sampled_from([10.0, 2.0**53, 10**400, "records", "\ud800", [], {}])
+)
+values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(names, inner, max_size=4))
+
+
+def check_refusal(error: ScoringError) -> None:
+    """Every error must be writable as JSON and must not repeat what was sent."""
+    shown = json.dumps(error.as_json("id"))
+    assert SECRET not in shown
+    assert len(shown) < 1200
+
+
+@settings(PROPERTY, max_examples=150)
+@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode) | values.map(lambda v: json.dumps(v).encode()))
+def test_whatever_is_sent_gives_a_request_or_a_refusal(body):
+    try:
+        assert isinstance(SMALL.parse(body), GenerateRequest)
+    except InvalidRequest as error:
+        check_refusal(error)
+
+
+def text_with_secret(max_size: int) -> st.SearchStrategy[str]:
+    return st.text(st.characters(codec="utf-8"), max_size=max_size - len(SECRET)).map(lambda text: SECRET + text)
+
+
+def of_rule(rule: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """Return values that the schema's rule allows."""
+    if "$ref" in rule:
+        return of_rule(SCHEMA["$defs"][rule["$ref"].rsplit("/", 1)[1]])
+    if "anyOf" in rule:
+        return st.one_of([of_rule(choice) for choice in rule["anyOf"]])
+    if "enum" in rule:
+        return st.sampled_from(rule["enum"])
+    low, high = rule.get("minimum"), rule.get("maximum")
+    match rule["type"]:
+        case "boolean":
+            return st.booleans()
+        case "string":
+            return text_with_secret(min(rule.get("maxLength", 12), 12))
+        case "integer":
+            integers = st.integers(low, high)
+            return integers | integers.map(float) if high <= 2**53 else integers
+        case "number":
+            exclusive = "exclusiveMinimum" in rule
+            return st.floats(rule.get("exclusiveMinimum", low), high, exclude_min=exclusive) | st.just(high)
+        case "array":
+            return st.lists(of_rule(rule["items"]), min_size=rule.get("minItems", 0), max_size=min(rule["maxItems"], 4))
+    raise AssertionError(rule)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> dict[str, Any]:
+    """Return a body that breaks no rule, in any dialect."""
+    prompts = draw(of_rule({"$ref": "#/$defs/prompts"}))
+    n = 1 if isinstance(prompts, str) else len(prompts)
+    chosen = draw(st.lists(st.sampled_from(list(SMALL.rules)), unique=True, max_size=6))
+    parameters: dict[str, Any] = {}
+    for name in chosen:
+        value = of_rule(SMALL.rules[name])
+        if SMALL.rules[name].get("x-per-prompt"):
+            value |= st.lists(value, min_size=n, max_size=n)
+        parameters[name] = draw(value | st.none())
+    if parameters.get("stop") is not None:
+        parameters.pop("stop_sequences", None)
+    if parameters.get("logprobs") is not None:
+        parameters["details"] = True
+    if parameters.get("min_new_tokens") is not None:
+        parameters["max_new_tokens"] = 4096
+    body = draw(
+        st.sampled_from(
+            [
+                {"input_data": {"input_string": prompts, "parameters": parameters}},
+                {"input_data": {"input_string": prompts}, "parameters": parameters},
+                {"input_data": prompts, "params": parameters},
+                {"inputs": {"input_string": prompts}, "parameters": parameters},
+                {"inputs": prompts, "parameters": parameters},
+            ]
+        )
+    )
+    return body if parameters or draw(st.booleans()) else without_parameters(body)
+
+
+def without_parameters(body: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in body.items() if key not in ("parameters", "params")}
+    if isinstance(kept.get("input_data"), dict):
+        kept["input_data"] = {"input_string": kept["input_data"]["input_string"]}
+    return kept
+
+
+@settings(PROPERTY, max_examples=150)
+@given(requests())
+def test_request_made_by_the_schemas_rules_is_accepted(body):
+    assert PUBLISHED.is_valid(body)
+    assert isinstance(parse(body, SMALL), GenerateRequest)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the path of everything inside `value`."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, item in inside for found in places(item, (*path, key)))]
+
+
+def mutated(draw: st.DrawFn, body: dict[str, Any]) -> Any:
+    """Return `body` with one thing in it replaced, taken out, doubled, renamed or added."""
+    body = json.loads(json.dumps(body))
+    path = draw(st.sampled_from(places(body)))
+    if not path:
+        return draw(values) if draw(st.booleans()) else body | {draw(names): draw(values)}
+    holder = body
+    for key in path[:-1]:
+        holder = holder[key]
+    key = path[-1]
+    what = draw(st.sampled_from(["replace", "replace", "wrap", "remove", "rename", "add"]))
+    if what == "replace":
+        holder[key] = draw(values)
+    elif what == "wrap":
+        holder[key] = [holder[key]] * draw(st.integers(0, 5))
+    elif what == "remove":
+        del holder[key]
+    elif what == "rename" and isinstance(holder, dict):
+        holder[draw(names)] = holder.pop(key)
+    elif isinstance(holder[key], dict):
+        holder[key][draw(names)] = draw(values)
+    return body
+
+
+def test_parser_accepts_what_the_published_schema_accepts_and_nothing_else():
+    seen: Counter[str] = Counter()
+
+    @settings(PROPERTY, max_examples=500)
+    @given(st.data())
+    def agree(data: st.DataObject) -> None:
+        body = data.draw(requests())
+        for _ in range(data.draw(st.integers(1, 2))):
+            body = mutated(data.draw, body) if isinstance(body, dict) else body
+        text = json.dumps(body).encode()
+        fits = PUBLISHED.is_valid(json.loads(text))
+        try:
+            parse(text, SMALL)
+        except InvalidRequest as error:
+            check_refusal(error)
+            beyond = any(rule in error.message for rule in NOT_IN_A_SCHEMA)
+            seen["beyond" if fits and beyond else "refused"] += 1
+            assert not fits or beyond, error.message
+        else:
+            seen["accepted"] += 1
+            assert fits
+
+    agree()
+    assert min(seen["accepted"], seen["refused"], seen["beyond"]) > 10, seen
+
+
+@settings(PROPERTY, max_examples=60)
+@given(requests(), st.data())
+def test_body_that_was_cut_or_spoilt_is_refused_without_repeating_it(body, data):
+    text = json.dumps(body, ensure_ascii=False).encode()
+    at = data.draw(st.integers(1, len(text) - 1))
+    spoilt = text[:at] + data.draw(st.sampled_from([b"", b"\xff", b"\x00", b"\\", b'"', b"}"])) + text[at + 1 :]
+    for damaged in (text[:at], spoilt):
+        try:
+            parse(damaged, SMALL)
+        except InvalidRequest as error:
+            check_refusal(error)
