@@ -19,10 +19,11 @@ def main(argv: list[str]) -> int:
     text = path.read_text(encoding="utf-8")
     fresh = text
     for name, table in (("parameters", parameter_table()), ("settings", setting_table())):
-        block = f"<!-- {name}: made by `make format` -->\n{table}\n<!-- end -->"
-        fresh, n = re.subn(rf"<!-- {name}: .*?<!-- end -->", lambda _, b=block: b, fresh, flags=re.DOTALL)
-        if n != 1:
-            sys.exit(f"{path} must have one place for the {name}, found {n}")
+        places = list(re.finditer(rf"<!-- {name}: .*?<!-- end -->", fresh, flags=re.DOTALL))
+        if len(places) != 1:
+            sys.exit(f"{path} must have one place for the {name}, found {len(places)}")
+        start, end = places[0].span()
+        fresh = f"{fresh[:start]}<!-- {name}: made by `make format` -->\n{table}\n<!-- end -->{fresh[end:]}"
     if "--check" in argv:
         if fresh != text:
             print(f"{path} is out of date: run `make format`")

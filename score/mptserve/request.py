@@ -119,11 +119,14 @@ class RequestParser:
                 parameters.pointer,
                 code="wrong_type",
             )
-        given = {name: value for name, value in parameters.value.items() if value is not None}
-        for name, value in given.items():
+        given: dict[str, Any] = {}
+        for name, value in parameters.value.items():
             pointer = f"{parameters.pointer}/{_escape(name)}"
             if name not in self.rules:
                 _refuse(_unknown(name, list(self.rules)), pointer, code="unknown_parameter")
+            if value is None:
+                continue
+            given[name] = value
             if isinstance(value, list) and self.rules[name].get("x-per-prompt") and n_prompts is not None:
                 if len(value) != n_prompts:
                     _refuse(
@@ -238,7 +241,7 @@ def _only(value: dict[str, Any], allowed: set[str], pointer: str) -> None:
 
 def _unknown(name: str, known: list[str]) -> str:
     """Name the nearest known field; the unknown one is shortened, as it may hold anything."""
-    near = difflib.get_close_matches(name[:64], known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name[:64].lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
     shown = name if len(name) <= 40 and name.isidentifier() else f"a name of {len(name)} characters"
     return f"{'`' + shown + '`' if shown == name else shown} is not known; {hint}"

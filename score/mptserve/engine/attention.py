@@ -70,8 +70,8 @@ class SlotAttention:
 
 
 @dataclass(frozen=True)
-class _Group:
-    """Decoding rows [a, b) in neighbouring slots from `slot`, all read up to n_keys."""
+class _Rows:
+    """Decoding rows [a, b) in neighbouring slots from `slot`, all read up to n_keys. bias: [(b - a) * H, 1, n_keys]."""
 
     a: int
     b: int
@@ -80,56 +80,105 @@ class _Group:
     bias: Tensor
 
 
+@dataclass(frozen=True)
+class _Tiles:
+    """Prompt tiles that see the same number of keys.
+
+    queries: [C * 32], the step's token behind each query, tile by tile, each in reverse order; tiles that are not full
+    repeat their first token.  tokens: the step's tokens that these tiles answer; answers: where in [C * 32] they are.
+    """
+
+    slots: list[int]
+    queries: Tensor
+    tokens: Tensor
+    answers: Tensor
+    bias: Tensor
+
+
 class SlotPlan:
     """One step's attention on the CPU; call it with (layer, q [N, H, D], kv [N, 2, H, D])."""
 
     def __init__(self, attention: SlotAttention, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> None:
-        self.kv_cache, self.scale = attention.cache.kv, attention.config.scale
+        self.cache, self.scale = attention.cache.kv, attention.config.scale
         self.n_decodes, self.chunks = len(decodes), chunks
-        self.slots = torch.tensor([s.slot for s in decodes])
-        self.positions = torch.tensor([s.n_computed for s in decodes])
-        self.groups = [
-            _Group(a, b, decodes[a].slot, n_keys, attention.row_bias(self.positions[a:b] + 1, n_keys))
+        self.rows = [
+            _Rows(a, b, decodes[a].slot, n_keys, attention.row_bias(_positions(decodes[a:b]) + 1, n_keys))
             for a, b, n_keys in _groups(decodes, attention.tokens_per_call)
         ]
-        self.tile_biases = [[attention.tile_bias(c.start + t) for t in range(0, c.n, BLOCK)] for c in chunks]
+        by_start: dict[int, list[tuple[int, int, int]]] = {}  # (slot, first token in the step, tokens) by tile start
+        first = len(decodes)
+        for chunk in chunks:
+            for t in range(0, chunk.n, BLOCK):
+                by_start.setdefault(chunk.start + t, []).append((chunk.seq.slot, first + t, min(BLOCK, chunk.n - t)))
+            first += chunk.n
+        self.tiles = [_tiles(tiles, attention.tile_bias(start)) for start, tiles in by_start.items()]
+        # Short chunks are written together with the decoding rows, long ones in one piece each.
+        self.long_chunks: list[tuple[Chunk, int]] = []
+        slots, positions, tokens = [s.slot for s in decodes], [s.n_computed for s in decodes], [*range(len(decodes))]
+        first = len(decodes)
+        for chunk in chunks:
+            if chunk.n > BLOCK:
+                self.long_chunks.append((chunk, first))
+            else:
+                slots += [chunk.seq.slot] * chunk.n
+                positions += range(chunk.start, chunk.start + chunk.n)
+                tokens += range(first, first + chunk.n)
+            first += chunk.n
+        self.write_slots, self.write_positions = torch.tensor(slots), torch.tensor(positions)
+        self.write_tokens = slice(len(tokens)) if tokens == [*range(len(tokens))] else torch.tensor(tokens)
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         dtype, q, kv = q.dtype, q.float(), kv.float()
-        out = torch.zeros_like(q) if len(q) != self.n_decodes or len(self.groups) > 1 else q
-        if self.groups:
-            out = self._decode(layer, q, kv, out)
-        first = self.n_decodes
-        for chunk, biases in zip(self.chunks, self.tile_biases, strict=True):
-            last = first + chunk.n
-            self._prefill(layer, chunk, biases, q[first:last], kv[first:last], out[first:last])
-            first = last
+        cache = self.cache[layer]  # [2, slots, H, tokens, D]
+        if len(self.write_slots):
+            cache[:, self.write_slots, :, self.write_positions] = kv[self.write_tokens]
+        for chunk, first in self.long_chunks:
+            piece = kv[first : first + chunk.n].permute(1, 2, 0, 3)
+            cache[:, chunk.seq.slot, :, chunk.start : chunk.start + chunk.n] = piece
+        if len(self.rows) == 1 and len(q) == self.n_decodes:
+            out = self._decode(cache, self.rows[0], q)
+        else:
+            out = torch.zeros_like(q)
+            for rows in self.rows:
+                out[rows.a : rows.b] = self._decode(cache, rows, q)
+            for tiles in self.tiles:
+                out[tiles.tokens] = self._prefill(cache, tiles, q)
         return out.view(len(q), -1).to(dtype)
 
-    def _decode(self, layer: int, q: Tensor, kv: Tensor, out: Tensor) -> Tensor:
-        n = self.n_decodes
-        self.kv_cache[layer][:, self.slots, :, self.positions] = kv[:n]
-        for g in self.groups:
-            rows, (_, heads, head_dim) = g.b - g.a, q.shape
-            keys, values = self.kv_cache[layer, :, g.slot : g.slot + rows, :, : g.n_keys].flatten(1, 2).unbind()
-            queries = q[g.a : g.b].reshape(rows * heads, 1, head_dim)
-            scores = torch.baddbmm(g.bias, queries, keys.transpose(1, 2), alpha=self.scale)
-            attended = torch.bmm(scores.softmax(-1), values).view(rows, heads, head_dim)
-            if len(q) == rows:
-                return attended
-            out[g.a : g.b] = attended
-        return out
+    def _decode(self, cache: Tensor, rows: _Rows, q: Tensor) -> Tensor:
+        n, (_, heads, head_dim) = rows.b - rows.a, q.shape
+        keys, values = cache[:, rows.slot : rows.slot + n, :, : rows.n_keys].flatten(1, 2).unbind()
+        queries = q[rows.a : rows.b].reshape(n * heads, 1, head_dim)
+        scores = torch.baddbmm(rows.bias, queries, keys.transpose(1, 2), alpha=self.scale)
+        return torch.bmm(scores.softmax(-1), values).view(n, heads, head_dim)
 
-    def _prefill(self, layer: int, chunk: Chunk, biases: list[Tensor], q: Tensor, kv: Tensor, out: Tensor) -> None:
-        cache = self.kv_cache[layer, :, chunk.seq.slot]  # [2, H, max_tokens, D]
-        cache[:, :, chunk.start : chunk.start + chunk.n] = kv.permute(1, 2, 0, 3)
-        padded = F.pad(q, (0, 0, 0, 0, 0, -chunk.n % BLOCK))
-        for i, bias in enumerate(biases):
-            tile = padded[i * BLOCK : (i + 1) * BLOCK].flip(0).transpose(0, 1)[None]  # [1, H, 32, D]
-            keys, values = cache[:, None, :, : bias.shape[-1]]
-            attended = F.scaled_dot_product_attention(tile, keys, values, attn_mask=bias, scale=self.scale)
-            rows = out[i * BLOCK : (i + 1) * BLOCK]
-            rows.copy_(attended[0].transpose(0, 1).flip(0)[: len(rows)])
+    def _prefill(self, cache: Tensor, tiles: _Tiles, q: Tensor) -> Tensor:
+        n_keys, slots = tiles.bias.shape[-1], tiles.slots
+        one = slice(
+            slots[0], slots[0] + 1
+        )  # a view; several slots are copied together, which is short against the rest
+        keys, values = cache[:, one if len(slots) == 1 else slots, :, :n_keys]
+        queries = q[tiles.queries].unflatten(0, (-1, BLOCK)).transpose(1, 2)  # [C, H, 32, D]
+        bias = tiles.bias.expand(len(slots), -1, -1, -1)
+        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self.scale)
+        return attended.transpose(1, 2).flatten(0, 1)[tiles.answers]
+
+
+def _tiles(tiles: list[tuple[int, int, int]], bias: Tensor) -> _Tiles:
+    """Return tiles, given as (slot, first token in the step, tokens), as one group."""
+    queries: list[int] = []
+    tokens: list[int] = []
+    answers: list[int] = []
+    for slot_number, (_, first, n) in enumerate(tiles):
+        queries += [first] * (BLOCK - n) + [first + i for i in reversed(range(n))]
+        tokens += range(first, first + n)
+        answers += [slot_number * BLOCK + BLOCK - 1 - i for i in range(n)]
+    slots = [slot for slot, _, _ in tiles]
+    return _Tiles(slots, torch.tensor(queries), torch.tensor(tokens), torch.tensor(answers), bias)
+
+
+def _positions(decodes: Seq[Sequence]) -> Tensor:
+    return torch.tensor([s.n_computed for s in decodes])
 
 
 def _groups(decodes: Seq[Sequence], tokens_per_call: int) -> list[tuple[int, int, int]]:

@@ -22,6 +22,7 @@ import ctypes
 import mmap
 import sys
 from collections import OrderedDict
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ from mptserve.errors import DoesNotFit
 
 # From Linux's <mman.h>; Python's mmap module has only some of them.
 _MAP_NORESERVE, _MADV_DONTNEED, _MADV_NOHUGEPAGE = 0x4000, 4, 15
+
+
+_SPARE_BLOCKS = 4
+"""Blocks beyond its prompt that a new sequence may inherit from its slot's last one: fresh pages cost page faults."""
 
 
 def n_blocks_for(n_tokens: int) -> int:
@@ -91,7 +96,7 @@ class SlotCache:
         else:
             slot = min(others, key=lambda i: (bool(self._keys[i]), self._last_used[i] if self._keys[i] else i))
             self._forget(slot)
-            if self._resident[slot] > need:
+            if self._resident[slot] > need + _SPARE_BLOCKS:
                 self._give_back(slot)
         self._owner[slot], seq.slot = seq, slot
         grown = self._grow(slot, need, keep=source)
@@ -279,10 +284,15 @@ def _virtual_zeros(shape: tuple[int, ...]) -> tuple[Tensor, mmap.mmap]:
     return tensor, memory
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 def _advise(tensor: Tensor, n_bytes: int, advice: int) -> None:
     """madvise(2) over the whole pages of a tensor's memory; advice that the kernel refuses is only advice."""
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
     end = (tensor.data_ptr() + n_bytes) // page * page
     if end > start and sys.platform == "linux":
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))
