@@ -40,6 +40,7 @@ from mptserve.launch import Server
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "samples" / "mpt-8m"
 PROMPT, LONG_PROMPT = 128, 512
+SERVER_TOKENS = 32
 Generate = Callable[[list[list[int]], int], None]
 """(prompts of equal length, new tokens for each) -> nothing, once all are generated."""
 
@@ -155,6 +156,7 @@ def by_engine(engine: MPTEngine) -> Generate:
 
 def by_transformers(model: Any, use_cache: bool) -> Generate:
     def generate(prompts: list[list[int]], n_new: int) -> None:
+        torch.set_num_threads(available_cores())  # of this thread; the engine's has its own number
         with torch.inference_mode():
             ids = torch.tensor(prompts)
             model.generate(
@@ -215,24 +217,28 @@ def bandwidth() -> float:
     return best
 
 
-def measure_server(clients: int = 16, seconds: float = 10.0) -> dict[str, float]:
-    """Return requests and tokens per second of the whole server under clients that ask again as soon as answered."""
+def measure_server(clients: tuple[int, ...] = (1, 16, 32), rounds: int = 3, seconds: float = 4.0) -> dict[str, float]:
+    """Return requests per second of the whole server under clients that ask again as soon as they are answered."""
     body = {
         "input_data": {
             "input_string": ["the meaning of life is"],
-            "parameters": {"temperature": 0.5, "top_p": 0.5, "max_new_tokens": 32, "ignore_eos": True},
+            "parameters": {"temperature": 0.5, "top_p": 0.5, "max_new_tokens": SERVER_TOKENS, "ignore_eos": True},
         }
     }
+    rates: dict[int, list[float]] = {n: [] for n in clients}
     with Server(port=5098, model_dir=EMBEDDED) as server:
         server.wait_until_healthy()
-        one = load(server.url, body, 1, seconds / 2)
-        many = load(server.url, body, clients, seconds)
-    print(
-        f"\nserver, embedded model, 32 new tokens a request: 1 client {one:.1f} requests/s ({32 * one:.0f} tok/s), ",
-        end="",
-    )
-    print(f"{clients} clients {many:.1f} requests/s ({32 * many:.0f} tok/s), {many / one:.1f}x")
-    return {"clients": clients, "requests_per_s": many, "requests_per_s_one_client": one}
+        load(server.url, body, 4, 1.0)
+        for _ in range(rounds):
+            for n in clients:
+                rates[n].append(load(server.url, body, n, seconds))
+    print(f"\nserver, embedded model, {SERVER_TOKENS} new tokens a request, clients that ask again at once")
+    print("clients   requests/s      tok/s   against one")
+    one = statistics.median(rates[clients[0]])
+    for n, found in rates.items():
+        rate = statistics.median(found)
+        print(f"{n:7} {rate:12.1f} {rate * SERVER_TOKENS:10.0f} {rate / one:12.1f}x")
+    return {f"requests_per_s_{n}_clients": statistics.median(found) for n, found in rates.items()}
 
 
 def load(url: str, body: dict[str, Any], clients: int, seconds: float) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 import time
 
@@ -16,10 +17,14 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
         }
         for name, value in getattr(record, "numbers", {}).items():
-            line[name] = round(value, 3) if isinstance(value, float) else value
+            line[name] = _shortened(value) if isinstance(value, float) else value
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line, default=str)  # in ASCII: standard output may take no more
+
+
+def _shortened(value: float) -> float | str:
+    return round(value, 3) if math.isfinite(value) else str(value)  # JSON has no NaN
 
 
 def set_up_logging(level: str) -> None:

@@ -131,5 +131,5 @@ def _parse(f: "dataclasses.Field[Any]", text: str) -> Any:
     except ValueError as exc:
         raise BadSetting(f"{rule['env']} must be a number ({kind.__name__}), got {text!r}") from exc
     if not rule["low"] <= number <= rule["high"]:
-        raise BadSetting(f"{rule['env']} must be between {rule['low']:g} and {rule['high']:g}, got {text}")
+        raise BadSetting(f"{rule['env']} must be between {rule['low']:.0f} and {rule['high']:.0f}, got {text}")
     return number

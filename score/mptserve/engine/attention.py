@@ -63,15 +63,15 @@ class SlotAttention:
         return self.lines.as_strided((1, len(self.slopes), BLOCK, n_keys), (0, width, 1, 1), first)
 
     def row_bias(self, lengths: Tensor, n_keys: int) -> Tensor:
-        """Return [rows * H, 1, n_keys] for queries at the end of `lengths` tokens each."""
+        """Return [rows * H, n_keys, 1] for queries at the end of `lengths` tokens each."""
         u = torch.arange(n_keys) - (lengths[:, None] - 1)
         bias = self.slopes[:, None] * u[:, None, :]
-        return bias.masked_fill_((u > 0)[:, None, :], -torch.inf).view(-1, 1, n_keys)
+        return bias.masked_fill_((u > 0)[:, None, :], -torch.inf).view(-1, n_keys, 1)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Decoding rows [a, b) in neighbouring slots from `slot`, all read up to n_keys. bias: [(b - a) * H, 1, n_keys]."""
+    """Decoding rows [a, b) in neighbouring slots from `slot`, all read up to n_keys. bias: [(b - a) * H, n_keys, 1]."""
 
     a: int
     b: int
@@ -148,8 +148,9 @@ class SlotPlan:
     def _decode(self, cache: Tensor, rows: _Rows, q: Tensor) -> Tensor:
         n, (_, heads, head_dim) = rows.b - rows.a, q.shape
         keys, values = cache[:, rows.slot : rows.slot + n, :, : rows.n_keys].flatten(1, 2).unbind()
-        queries = q[rows.a : rows.b].reshape(n * heads, 1, head_dim)
-        scores = torch.baddbmm(rows.bias, queries, keys.transpose(1, 2), alpha=self.scale)
+        # K qᵀ rather than q Kᵀ: the same numbers, but MKL reads K up to three times as fast with q as a column.
+        queries = q[rows.a : rows.b].reshape(n * heads, head_dim, 1)
+        scores = torch.baddbmm(rows.bias, keys, queries, alpha=self.scale).transpose(1, 2)
         return torch.bmm(scores.softmax(-1), values).view(n, heads, head_dim)
 
     def _prefill(self, cache: Tensor, tiles: _Tiles, q: Tensor) -> Tensor:
