@@ -29,6 +29,7 @@ def init() -> None:
     azml_host.keep_answers_private()
     azml_host.add_routes(service)
     azml_host.drain_on_sigterm(service)
+    azml_host.refuse_to_be_forked()
 
 
 @rawhttp

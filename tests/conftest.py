@@ -1,9 +1,11 @@
 """Fixtures of more than one test file."""
 
+import threading
 from collections.abc import Iterator
 
 import pytest
 
+from insights import Ingestion
 from serving import QUEUE_LIMIT, LoggedServer
 
 
@@ -13,3 +15,14 @@ def server() -> Iterator[LoggedServer]:
     with LoggedServer({"MPT_QUEUE_LIMIT": str(QUEUE_LIMIT)}) as running:
         running.wait_until_healthy()
         yield running
+
+
+@pytest.fixture(scope="session")
+def ingestion() -> Iterator[Ingestion]:
+    """Application Insights' end of the line; shared, so use request ids of your own."""
+    with Ingestion() as taking:
+        thread = threading.Thread(target=taking.serve_forever)
+        thread.start()
+        yield taking
+        taking.shutdown()
+        thread.join()

@@ -1,25 +1,20 @@
-"""Bodies to requests: every rule, what is said about those who break it, and agreement with the published schema."""
+"""Bodies to requests: every rule, and the exact words for a body that breaks it."""
 
 import json
-import time
-from collections import Counter
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from jsonschema import Draft202012Validator
 
 from mptserve.engine import SamplingParams
-from mptserve.errors import BadSetting, InvalidRequest, ScoringError, TooLarge
-from mptserve.request import GenerateRequest, PromptRequest, RequestParser, openapi_parameters, request_schema
+from mptserve.errors import BadSetting, InvalidRequest, TooLarge
+from mptserve.request import GenerateRequest, PromptRequest, RequestParser, request_schema
 from mptserve.settings import Settings, read_settings
 
 PARSER = RequestParser(Settings())
 KNOWN = ", ".join(PARSER.rules)
 AT = "/input_data/parameters"
-SECRET = "zxqj"
-"""Part of every generated prompt and stop string: it may be in no error."""
 
 
 def card(prompts: Any = ("a", "b"), **parameters: Any) -> dict[str, Any]:
@@ -262,10 +257,7 @@ def test_body_of_no_dialect_is_told_what_is_wrong(body, expected):
 NOT_JSON = [
     (b"", "the body is empty; it must be a JSON object"),
     (b" ", "the body must be JSON; line 1, column 2: Expecting value"),
-    (
-        b'{"input_data": "x",\n}',
-        "the body must be JSON; line 2, column 1: Expecting property name enclosed in double quotes",
-    ),
+    (b'{"input_data":\n"x" 5}', "the body must be JSON; line 2, column 5: Expecting ',' delimiter"),
     (b'{"input_data": "x"} x', "the body must be JSON; line 1, column 21: Extra data"),
     (b'{"input_data": "\xff"}', "the body must be UTF-8; byte 16 is not"),
     ('{"input_data": "x"}'.encode("utf-16"), "the body must be UTF-8; byte 0 is not"),
@@ -279,10 +271,7 @@ NOT_JSON = [
 
 @pytest.mark.parametrize(("body", "message"), NOT_JSON, ids=[message[:40] for _, message in NOT_JSON])
 def test_bytes_that_are_no_json(body, message):
-    if message.startswith("the body must be JSON; line 2"):  # Python 3.13 words this one anew
-        assert refusal(body)[:2] == ("invalid_json", "")
-    else:
-        assert refusal(body) == ("invalid_json", "", message)
+    assert refusal(body) == ("invalid_json", "", message)
 
 
 def test_byte_order_mark_of_windows_tools_is_skipped():
@@ -299,27 +288,44 @@ def test_body_may_be_as_large_as_the_limit_and_no_larger():
     assert error.message == "the body must be at most 100 bytes, got 101"
 
 
+def count_calls(function: Callable[[], object]) -> int:
+    """Return how many Python functions are called on the way."""
+    n_calls = 0
+
+    def count(_frame: object, event: str, _arg: object) -> None:
+        nonlocal n_calls
+        n_calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return n_calls
+
+
 @pytest.mark.parametrize("item", [b"1", b'""'])
-def test_list_of_a_million_items_is_refused_without_looking_at_each(item):
-    """Looking costs 10 to 30 µs each, in a process that must also answer the health probe."""
-    items = b"[" + b",".join([item] * 500_000) + b"]"
-    for body, expected in (
+@pytest.mark.parametrize(
+    ("before", "field", "message"),
+    [
+        (b'{"input_data":', "/input_data", "`/input_data` must have at most 128 items, got a list of 100000"),
         (
-            b'{"input_data":' + items + b"}",
-            ("/input_data", "`/input_data` must have at most 128 items, got a list of 500000"),
+            b'{"input_data":"x","params":{"stop":',
+            "/params/stop",
+            "`stop` must have at most 16 items, got a list of 100000",
         ),
         (
-            b'{"input_data":"x","params":{"stop":' + items + b"}}",
-            ("/params/stop", "`stop` must have at most 16 items, got a list of 500000"),
+            b'{"input_data":"x","params":{"seed":',
+            "/params/seed",
+            "`seed` as a list needs one value per prompt (1), got 100000",
         ),
-        (
-            b'{"input_data":"x","params":{"seed":' + items + b"}}",
-            ("/params/seed", "`seed` as a list needs one value per prompt (1), got 500000"),
-        ),
-    ):
-        started = time.process_time()
-        assert refusal(body) == ("wrong_length", *expected)
-        assert time.process_time() - started < 2
+    ],
+)
+def test_list_of_very_many_items_is_refused_without_looking_at_each(item, before, field, message):
+    """A body has room for millions; each look takes 10 to 30 µs of a process that must also answer the health probe."""
+    body = before + b"[" + b",".join([item] * 100_000) + b"]" + b"}" * before.count(b"{")
+    assert refusal(body) == ("wrong_length", field, message)
+    assert count_calls(lambda: refusal(body)) < 2000
 
 
 # Prompts -------------------------------------------------------------------------------------------------------------
@@ -480,45 +486,26 @@ def test_value_out_of_range_is_refused(name, value, rule):
     assert refusal(card("x", **{name: value})) == ("out_of_range", f"{AT}/{name}", f"`{name}` {rule}")
 
 
-WRONG_TYPES = {
-    "a whole number": (INTEGERS, [10.5, -0.5, True, False, "5", {}, [[1]]]),
-    "a number": (NUMBERS, [True, False, "0.5", "", {"a": 1}, [[0.5]]]),
-    "a boolean": (BOOLEANS, [0, 1, 1.0, "true", {}, [[True]]]),
-    "a string": (["output_format"], [0, True, ["records"], {}]),
-    "a string or a list of strings": (["stop", "stop_sequences"], [0, 0.5, True, {"a": 1}]),
-}
-DESCRIBED = [
-    ("5", "a string of 1 character"),
-    ("0.5", "a string of 3 characters"),
-    ("", "a string of 0 characters"),
-    ("true", "a string of 4 characters"),
-    ({}, "an object of 0"),
-    ({"a": 1}, "an object of 1"),
-    (True, "a boolean"),
-    (False, "a boolean"),
-    (["records"], "a list of 1"),
-    ([1], "a list of 1"),
-    ([0.5], "a list of 1"),
-    ([True], "a list of 1"),
+WRONG_TYPES = [
+    ("a whole number", INTEGERS, {"10.5": "10.5", "-0.5": "-0.5", '"5"': "a string of 1 character"}),
+    ("a number", NUMBERS, {'"0.5"': "a string of 3 characters", '""': "a string of 0 characters"}),
+    ("a boolean", BOOLEANS, {"0": "0", "1": "1", "1.0": "1.0", '"true"': "a string of 4 characters"}),
+    ("a string", ["output_format"], {"0": "0", "[]": "a list of 0"}),
+    ("a string or a list of strings", ["stop", "stop_sequences"], {"0": "0", "0.5": "0.5"}),
 ]
 
 
-def described(value: Any) -> str:
-    return next((words for v, words in DESCRIBED if v == value and type(v) is type(value)), str(value))
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted", "value"),
-    [(name, wanted, value) for wanted, (names, values) in WRONG_TYPES.items() for name in names for value in values],
-)
-def test_value_of_the_wrong_type_is_refused(name, wanted, value):
-    at, value_at = f"{AT}/{name}", f"{AT}/{name}"
-    if isinstance(value, list) and PARSER.rules[name].get("x-per-prompt"):
-        value, value_at = value, f"{at}/0"
-        shown = described(value[0])
-    else:
-        shown = described(value)
-    assert refusal(card("x", **{name: value})) == ("wrong_type", value_at, f"`{name}` must be {wanted}, got {shown}")
+@pytest.mark.parametrize(("wanted", "names", "values"), WRONG_TYPES, ids=[wanted for wanted, *_ in WRONG_TYPES])
+def test_value_of_the_wrong_type_is_refused(wanted, names, values):
+    values = values | {"{}": "an object of 0", '{"a": 1, "b": 2}': "an object of 2"}
+    if wanted != "a boolean":
+        values |= {"true": "a boolean", "false": "a boolean"}
+    expected, found = {}, {}
+    for name in names:
+        for text, shown in values.items():
+            expected[name, text] = ("wrong_type", f"{AT}/{name}", f"`{name}` must be {wanted}, got {shown}")
+            found[name, text] = refusal(card("x", **{name: json.loads(text)}))
+    assert found == expected
 
 
 @pytest.mark.parametrize("name", [*INTEGERS, *NUMBERS])
@@ -685,7 +672,8 @@ HINTS = {
     "return_text": "return_full_text",
     "num_sequences": "num_return_sequences",
     "streaming": "stream",
-    "random_seed": None,
+    "maxNewTokens": "max_new_tokens",
+    "random_seed": "seed",
     "n": None,
     "x-per-prompt": None,
 }
@@ -705,8 +693,8 @@ def test_long_or_strange_name_is_not_repeated():
     assert field == f"{AT}/{name[:64].replace('~', '~0').replace('/', '~1')}"
 
 
-def test_null_parameter_of_an_unknown_name_is_left_out_like_the_known_ones():
-    assert parse(card("a", n=None)).prompts[0].prompt == "a"
+def test_unknown_name_is_refused_even_with_null():
+    assert refusal(card("a", temprature=None))[2] == "`temprature` is not known; did you mean `temperature`?"
 
 
 # Operators' limits and defaults --------------------------------------------------------------------------------------
@@ -809,193 +797,3 @@ def test_conflict_with_a_default_points_at_what_the_caller_gave():
         f"{AT}/details",
         "`logprobs` are part of the details; ask for `details` too",
     )
-
-
-# Properties ----------------------------------------------------------------------------------------------------------
-
-SCHEMA = request_schema(Settings(max_prompts=4))
-SMALL = RequestParser(Settings(max_prompts=4))
-PUBLISHED = Draft202012Validator(openapi_parameters(SCHEMA))
-NOT_IN_A_SCHEMA = [
-    " as a list needs one value per prompt (",
-    "`min_new_tokens` must be at most `max_new_tokens` (",
-    "`stop` and `stop_sequences` are the same; give one",
-    "`logprobs` are part of the details; ask for `details` too",
-    " is half of a surrogate pair",
-]
-PROPERTY = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
-
-names = st.sampled_from([*PARSER.rules, "input_data", "inputs", "input_string", "parameters", "params"]) | st.text(
-    max_size=4
-)
-leaves = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.integers(-2, 5000)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.floats(-2, 2)
-    | st.text(st.characters(), max_size=5)
-    | st.sampled_from([10.0, 2.0**53, 10**400, "records", "\ud800", [], {}])
-)
-values = st.recursive(leaves, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(names, inner, max_size=4))
-
-
-def check_refusal(error: ScoringError) -> None:
-    """Every error must be writable as JSON and must not repeat what was sent."""
-    shown = json.dumps(error.as_json("id"))
-    assert SECRET not in shown
-    assert len(shown) < 1200
-
-
-@settings(PROPERTY, max_examples=150)
-@given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode) | values.map(lambda v: json.dumps(v).encode()))
-def test_whatever_is_sent_gives_a_request_or_a_refusal(body):
-    try:
-        assert isinstance(SMALL.parse(body), GenerateRequest)
-    except InvalidRequest as error:
-        check_refusal(error)
-
-
-def text_with_secret(max_size: int) -> st.SearchStrategy[str]:
-    return st.text(st.characters(codec="utf-8"), max_size=max_size - len(SECRET)).map(lambda text: SECRET + text)
-
-
-def of_rule(rule: dict[str, Any]) -> st.SearchStrategy[Any]:
-    """Return values that the schema's rule allows."""
-    if "$ref" in rule:
-        return of_rule(SCHEMA["$defs"][rule["$ref"].rsplit("/", 1)[1]])
-    if "anyOf" in rule:
-        return st.one_of([of_rule(choice) for choice in rule["anyOf"]])
-    if "enum" in rule:
-        return st.sampled_from(rule["enum"])
-    low, high = rule.get("minimum"), rule.get("maximum")
-    match rule["type"]:
-        case "boolean":
-            return st.booleans()
-        case "string":
-            return text_with_secret(min(rule.get("maxLength", 12), 12))
-        case "integer":
-            integers = st.integers(low, high)
-            return integers | integers.map(float) if high <= 2**53 else integers
-        case "number":
-            exclusive = "exclusiveMinimum" in rule
-            return st.floats(rule.get("exclusiveMinimum", low), high, exclude_min=exclusive) | st.just(high)
-        case "array":
-            return st.lists(of_rule(rule["items"]), min_size=rule.get("minItems", 0), max_size=min(rule["maxItems"], 4))
-    raise AssertionError(rule)
-
-
-@st.composite
-def requests(draw: st.DrawFn) -> dict[str, Any]:
-    """Return a body that breaks no rule, in any dialect."""
-    prompts = draw(of_rule({"$ref": "#/$defs/prompts"}))
-    n = 1 if isinstance(prompts, str) else len(prompts)
-    chosen = draw(st.lists(st.sampled_from(list(SMALL.rules)), unique=True, max_size=6))
-    parameters: dict[str, Any] = {}
-    for name in chosen:
-        value = of_rule(SMALL.rules[name])
-        if SMALL.rules[name].get("x-per-prompt"):
-            value |= st.lists(value, min_size=n, max_size=n)
-        parameters[name] = draw(value | st.none())
-    if parameters.get("stop") is not None:
-        parameters.pop("stop_sequences", None)
-    if parameters.get("logprobs") is not None:
-        parameters["details"] = True
-    if parameters.get("min_new_tokens") is not None:
-        parameters["max_new_tokens"] = 4096
-    body = draw(
-        st.sampled_from(
-            [
-                {"input_data": {"input_string": prompts, "parameters": parameters}},
-                {"input_data": {"input_string": prompts}, "parameters": parameters},
-                {"input_data": prompts, "params": parameters},
-                {"inputs": {"input_string": prompts}, "parameters": parameters},
-                {"inputs": prompts, "parameters": parameters},
-            ]
-        )
-    )
-    return body if parameters or draw(st.booleans()) else without_parameters(body)
-
-
-def without_parameters(body: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: value for key, value in body.items() if key not in ("parameters", "params")}
-    if isinstance(kept.get("input_data"), dict):
-        kept["input_data"] = {"input_string": kept["input_data"]["input_string"]}
-    return kept
-
-
-@settings(PROPERTY, max_examples=150)
-@given(requests())
-def test_request_made_by_the_schemas_rules_is_accepted(body):
-    assert PUBLISHED.is_valid(body)
-    assert isinstance(parse(body, SMALL), GenerateRequest)
-
-
-def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Return the path of everything inside `value`."""
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [path, *(found for key, item in inside for found in places(item, (*path, key)))]
-
-
-def mutated(draw: st.DrawFn, body: dict[str, Any]) -> Any:
-    """Return `body` with one thing in it replaced, taken out, doubled, renamed or added."""
-    body = json.loads(json.dumps(body))
-    path = draw(st.sampled_from(places(body)))
-    if not path:
-        return draw(values) if draw(st.booleans()) else body | {draw(names): draw(values)}
-    holder = body
-    for key in path[:-1]:
-        holder = holder[key]
-    key = path[-1]
-    what = draw(st.sampled_from(["replace", "replace", "wrap", "remove", "rename", "add"]))
-    if what == "replace":
-        holder[key] = draw(values)
-    elif what == "wrap":
-        holder[key] = [holder[key]] * draw(st.integers(0, 5))
-    elif what == "remove":
-        del holder[key]
-    elif what == "rename" and isinstance(holder, dict):
-        holder[draw(names)] = holder.pop(key)
-    elif isinstance(holder[key], dict):
-        holder[key][draw(names)] = draw(values)
-    return body
-
-
-def test_parser_accepts_what_the_published_schema_accepts_and_nothing_else():
-    seen: Counter[str] = Counter()
-
-    @settings(PROPERTY, max_examples=500)
-    @given(st.data())
-    def agree(data: st.DataObject) -> None:
-        body = data.draw(requests())
-        for _ in range(data.draw(st.integers(1, 2))):
-            body = mutated(data.draw, body) if isinstance(body, dict) else body
-        text = json.dumps(body).encode()
-        fits = PUBLISHED.is_valid(json.loads(text))
-        try:
-            parse(text, SMALL)
-        except InvalidRequest as error:
-            check_refusal(error)
-            beyond = any(rule in error.message for rule in NOT_IN_A_SCHEMA)
-            seen["beyond" if fits and beyond else "refused"] += 1
-            assert not fits or beyond, error.message
-        else:
-            seen["accepted"] += 1
-            assert fits
-
-    agree()
-    assert min(seen["accepted"], seen["refused"], seen["beyond"]) > 10, seen
-
-
-@settings(PROPERTY, max_examples=60)
-@given(requests(), st.data())
-def test_body_that_was_cut_or_spoilt_is_refused_without_repeating_it(body, data):
-    text = json.dumps(body, ensure_ascii=False).encode()
-    at = data.draw(st.integers(1, len(text) - 1))
-    spoilt = text[:at] + data.draw(st.sampled_from([b"", b"\xff", b"\x00", b"\\", b'"', b"}"])) + text[at + 1 :]
-    for damaged in (text[:at], spoilt):
-        try:
-            parse(damaged, SMALL)
-        except InvalidRequest as error:
-            check_refusal(error)

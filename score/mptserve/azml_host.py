@@ -226,6 +226,19 @@ def stop_listening(worker: Any) -> None:
         worker.method_queue.defer(close)  # its event loop must not lose a socket that it waits for
 
 
+def refuse_to_be_forked() -> None:
+    """End every process that is forked from this one: the engine's thread would not be in it, and no request answered.
+
+    WORKER_PRELOAD=true makes gunicorn fork its workers after init(); status 3 makes it give up instead of going on.
+    """
+
+    def forked() -> None:
+        log.critical("the model was loaded before gunicorn forked its worker; unset WORKER_PRELOAD")
+        os._exit(3)
+
+    os.register_at_fork(after_in_child=forked)
+
+
 def exit_on_failure(reason: str) -> None:
     """End the worker when the engine cannot go on: gunicorn starts a new one, or the platform a new container."""
     log.critical("the engine cannot go on; exiting", extra={"numbers": {"reason": reason}})

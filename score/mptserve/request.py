@@ -318,7 +318,7 @@ def _rule(error: ValidationError) -> tuple[str, str]:
     limit: Any = error.validator_value
     match error.validator:
         case "type":
-            return "wrong_type", f"be {_article(limit)}"
+            return "wrong_type", "be a whole number" if limit == "integer" else f"be a {limit}"
         case "minimum":
             return "out_of_range", f"be at least {limit}"
         case "maximum":
@@ -337,10 +337,6 @@ def _rule(error: ValidationError) -> tuple[str, str]:
             return "out_of_range", "be one of " + ", ".join(f"`{v}`" for v in limit)
         case _:
             return "wrong_type", "be a string or a list of strings"
-
-
-def _article(kind: str) -> str:
-    return {"integer": "a whole number", "array": "a list", "object": "an object"}.get(kind, f"a {kind}")
 
 
 def _kind(value: Any) -> str:

@@ -1,0 +1,165 @@
+"""Environment variables to settings: each by its name, its type and its range, and a message for everything else."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from mptserve.errors import BadSetting
+from mptserve.settings import FIELDS, Settings, read_settings
+
+GOOD = {
+    "AZUREML_MODEL_DIR": ("/models/mpt-7b", "/models/mpt-7b"),
+    "MPT_ENGINE": ("transformers", "transformers"),
+    "MPT_DEVICE": ("cuda", "cuda"),
+    "MPT_DTYPE": ("float16", "float16"),
+    "MPT_MAX_SEQ_LEN": ("65536", 65536),
+    "MPT_KV_CACHE_GB": ("1.5", 1.5),
+    "MPT_MAX_ROWS": ("1024", 1024),
+    "MPT_PREFILL_TOKENS": ("2048", 2048),
+    "MPT_QUEUE_LIMIT": ("0", 0),
+    "MPT_CPU_THREADS": ("3", 3),
+    "MPT_DEADLINE_MS": ("86400000", 86_400_000),
+    "MPT_DEADLINE_ACTION": ("error", "error"),
+    "MPT_OUTPUT_FORMAT": ("list", "list"),
+    "MPT_MAX_BODY_BYTES": ("1000", 1000),
+    "MPT_MAX_PROMPTS": ("1000", 1000),
+    "MPT_MAX_NEW_TOKENS": ("128", 128),
+    "MPT_MAX_SEQUENCES": ("1", 1),
+    "MPT_DEFAULTS": ('{"temperature": 0.7}', '{"temperature": 0.7}'),
+    "MPT_LOG_LEVEL": ("DEBUG", "DEBUG"),
+}
+
+
+def refusal(**environ: str) -> str:
+    with pytest.raises(BadSetting) as caught:
+        read_settings(environ)
+    return str(caught.value)
+
+
+def test_nothing_set_gives_the_defaults():
+    assert read_settings({}) == Settings()
+    assert read_settings({"PATH": "/bin", "AZUREML_OTHER": "x", "mpt_device": "cuda"}) == Settings()
+
+
+def test_every_variable_reaches_its_field():
+    by_env = {f.metadata["env"]: f.name for f in FIELDS}
+    assert set(by_env) == set(GOOD)
+    found = dataclasses.asdict(read_settings({env: text for env, (text, _) in GOOD.items()}))
+    assert found == {by_env[env]: value for env, (_, value) in GOOD.items()}
+    for env, (text, value) in GOOD.items():
+        alone = getattr(read_settings({env: text}), by_env[env])
+        assert (alone, type(alone)) == (value, type(value))
+        assert value != getattr(Settings(), by_env[env])
+
+
+@pytest.mark.parametrize("env", GOOD)
+def test_empty_variable_is_a_variable_that_is_not_set(env):
+    assert read_settings({env: ""}) == Settings()
+
+
+def test_settings_come_from_the_process_when_nothing_is_given(monkeypatch):
+    for env in GOOD:
+        monkeypatch.delenv(env, raising=False)
+    monkeypatch.setenv("MPT_MAX_ROWS", "7")
+    assert read_settings() == Settings(max_rows=7)
+
+
+def test_home_is_written_out_in_the_model_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert read_settings({"AZUREML_MODEL_DIR": "~/mpt"}).model_dir == str(Path("/home/ada/mpt"))
+
+
+def test_unknown_setting_is_refused():
+    known = ", ".join(sorted(GOOD))
+    assert refusal(MPT_MAX_ROW="7") == f"MPT_MAX_ROW is not a setting; the settings are {known}"
+    assert refusal(MPT_="") == f"MPT_ is not a setting; the settings are {known}"
+
+
+OUT_OF_RANGE = [
+    ("MPT_MAX_SEQ_LEN", "-1", "between 0 and 1048576"),
+    ("MPT_MAX_SEQ_LEN", "1048577", "between 0 and 1048576"),
+    ("MPT_KV_CACHE_GB", "-0.5", "between 0 and 10000"),
+    ("MPT_KV_CACHE_GB", "nan", "between 0 and 10000"),
+    ("MPT_KV_CACHE_GB", "inf", "between 0 and 10000"),
+    ("MPT_MAX_ROWS", "0", "between 1 and 1024"),
+    ("MPT_MAX_ROWS", "1025", "between 1 and 1024"),
+    ("MPT_PREFILL_TOKENS", "31", "between 32 and 65536"),
+    ("MPT_PREFILL_TOKENS", "65537", "between 32 and 65536"),
+    ("MPT_QUEUE_LIMIT", "-1", "between 0 and 1000000"),
+    ("MPT_QUEUE_LIMIT", "1000001", "between 0 and 1000000"),
+    ("MPT_CPU_THREADS", "-1", "between 0 and 1024"),
+    ("MPT_CPU_THREADS", "1025", "between 0 and 1024"),
+    ("MPT_DEADLINE_MS", "0", "between 1 and 86400000"),
+    ("MPT_DEADLINE_MS", "86400001", "between 1 and 86400000"),
+    ("MPT_MAX_BODY_BYTES", "0", "between 1 and 100000000"),
+    ("MPT_MAX_BODY_BYTES", "100000001", "between 1 and 100000000"),
+    ("MPT_MAX_PROMPTS", "0", "between 1 and 100000"),
+    ("MPT_MAX_PROMPTS", "100001", "between 1 and 100000"),
+    ("MPT_MAX_NEW_TOKENS", "0", "between 1 and 1048576"),
+    ("MPT_MAX_NEW_TOKENS", "1048577", "between 1 and 1048576"),
+    ("MPT_MAX_SEQUENCES", "0", "between 1 and 1024"),
+    ("MPT_MAX_SEQUENCES", "1025", "between 1 and 1024"),
+]
+
+
+@pytest.mark.parametrize(("env", "text", "rule"), OUT_OF_RANGE)
+def test_number_out_of_range_is_refused(env, text, rule):
+    assert refusal(**{env: text}) == f"{env} must be {rule}, got {text}"
+
+
+NUMBERS = sorted({env for env, _, _ in OUT_OF_RANGE})
+
+
+def test_table_above_names_every_number():
+    assert {f.metadata["env"] for f in FIELDS if f.type is not str} == set(NUMBERS)
+
+
+@pytest.mark.parametrize("env", NUMBERS)
+def test_text_where_a_number_belongs_is_refused(env):
+    kind = "float" if env == "MPT_KV_CACHE_GB" else "int"
+    for text in ("many", "1e", "0x10", "1,000", "true"):
+        assert refusal(**{env: text}) == f"{env} must be a number ({kind}), got {text!r}"
+
+
+@pytest.mark.parametrize("text", ["1.0", "1e3", "9" * 5000])
+def test_whole_number_is_written_as_one(text):
+    assert refusal(MPT_MAX_ROWS=text) == f"MPT_MAX_ROWS must be a number (int), got {text!r}"
+
+
+CHOICES = {f.metadata["env"]: f.metadata["choices"] for f in FIELDS if f.metadata["choices"]}
+
+
+@pytest.mark.parametrize("env", CHOICES)
+def test_choice_takes_its_words_and_no_others(env):
+    for word in CHOICES[env]:
+        read_settings({env: word})
+    for word in ("other", CHOICES[env][0].swapcase(), f" {CHOICES[env][0]}"):
+        assert refusal(**{env: word}) == f"{env} must be one of {', '.join(CHOICES[env])}, got {word!r}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "MPT_DEFAULTS must be a JSON object, got '{'"),
+        ("temperature=0.7", "MPT_DEFAULTS must be a JSON object, got 'temperature=0.7'"),
+        ('{"temperature": NaN}', "MPT_DEFAULTS must be a JSON object, got '{\"temperature\": NaN}'"),
+        ("[]", "MPT_DEFAULTS must be a JSON object, got list"),
+        ("null", "MPT_DEFAULTS must be a JSON object, got NoneType"),
+        ("[" * 10_000, f"MPT_DEFAULTS must be a JSON object, got {'[' * 10_000!r}"),
+    ],
+    ids=["half", "no JSON", "NaN", "list", "null", "deep"],
+)
+def test_defaults_that_are_no_json_object_are_refused(text, message):
+    assert refusal(MPT_DEFAULTS=text) == message
+
+
+def test_defaults_are_read_as_json():
+    assert read_settings({"MPT_DEFAULTS": '{"stop": ["é"]}'}).default_parameters == {"stop": ["é"]}
+    assert Settings().default_parameters == {}
+
+
+def test_every_setting_says_what_it_is_for():
+    for f in FIELDS:
+        assert f.metadata["use"]
+        assert f.metadata["env"] == ("AZUREML_MODEL_DIR" if f.name == "model_dir" else f"MPT_{f.name.upper()}")
