@@ -60,9 +60,33 @@ def test_requests_are_counted_by_status_and_code():
 def test_sequence_gives_its_first_token_and_its_mean_gap():
     metrics = Metrics()
     metrics.sequence(sequence(5, Timings(submitted=10.0, admitted=10.25, first_token=10.5, finished=12.5)))
+    metrics.sequence(sequence(2, Timings(submitted=20.0, admitted=20.0, first_token=21.0, finished=21.25)))
     found = without_buckets(read(metrics))
-    assert (found["mpt_first_token_seconds_count"], found["mpt_first_token_seconds_sum"]) == (1, 0.5)
-    assert (found["mpt_token_seconds_count"], found["mpt_token_seconds_sum"]) == (1, 0.5)
+    assert (found["mpt_first_token_seconds_count"], found["mpt_first_token_seconds_sum"]) == (2, 1.5)
+    assert (found["mpt_token_seconds_count"], found["mpt_token_seconds_sum"]) == (2, 0.75)
+
+
+def test_buckets_reach_from_a_token_to_the_longest_request():
+    found = [name for name in read(Metrics()) if "_bucket{" in name]
+    seconds = [
+        "0.01",
+        "0.025",
+        "0.05",
+        "0.1",
+        "0.25",
+        "0.5",
+        "1.0",
+        "2.5",
+        "5.0",
+        "10.0",
+        "25.0",
+        "60.0",
+        "180.0",
+        "+Inf",
+    ]
+    gaps = ["0.001", "0.0025", "0.005", "0.01", "0.025", "0.05", "0.1", "0.25", "0.5", "1.0", "+Inf"]
+    edges = {"mpt_request_seconds": seconds, "mpt_first_token_seconds": seconds, "mpt_token_seconds": gaps}
+    assert found == [f"{name}_bucket{{le={edge}}}" for name, of_name in edges.items() for edge in of_name]
 
 
 def test_one_token_has_no_gap_and_no_token_has_no_first():

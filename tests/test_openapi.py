@@ -56,14 +56,38 @@ def test_document_names_itself_and_its_one_operation(version):
     }[version]
     assert described["info"] == {"title": "MPT text generation", "version": mptserve.__version__}
     assert {path: list(methods) for path, methods in described["paths"].items()} == {"/score": ["post"]}
-    statuses = described["paths"]["/score"]["post"]["responses"]
-    assert list(statuses) == ["200", "400", "413", "429", "500", "503", "504"]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_operation_takes_a_request_and_gives_an_answer_or_an_error(version):
+    described = document(version)
+    operation = described["paths"]["/score"]["post"]
+    prefix = "#/definitions/" if version == "2" else "#/components/schemas/"
+
+    def body(name: str) -> dict[str, Any]:
+        ref = {"schema": {"$ref": prefix + name}}
+        return ref if version == "2" else {"content": {"application/json": ref}}
+
+    responses = operation.pop("responses")
+    assert {status: {k: v for k, v in r.items() if k != "description"} for status, r in responses.items()} == {
+        status: body("ServiceOutput" if status == "200" else "Error")
+        for status in ("200", "400", "413", "429", "500", "503", "504")
+    }
+    assert all(r["description"].endswith(".") for r in responses.values())
+    assert {k: v for k, v in operation.items() if k not in ("operationId", "summary")} == (
+        {"parameters": [{"in": "body", "name": "request", "required": True} | body("ServiceInput")]}
+        if version == "2"
+        else {"requestBody": {"required": True} | body("ServiceInput")}
+    )
+    if version == "2":
+        assert described["consumes"] == ["application/json"]
+        assert described["produces"] == ["application/json", "text/event-stream"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_sample_request_fits(version):
     assert problems(version, "ServiceInput", sample("basic.json")) == []
-    assert problems(version, "ServiceInput", EXAMPLE) == []
+    assert sample("basic.json") == EXAMPLE
 
 
 @pytest.mark.parametrize("version", ["3", "3.1"])
@@ -164,7 +188,9 @@ def test_what_is_no_answer_does_not_fit(version):
 def test_error_fits(version):
     for error in (ContextTooLong("too long", field="/input_data"), ContextTooLong("too long")):
         assert problems(version, "Error", error.as_json("id")) == []
-    assert problems(version, "Error", {"error": {"code": "x", "message": "y"}}) != []
+    for missing in ("code", "message", "request_id"):
+        left = {k: "x" for k in ("code", "message", "request_id") if k != missing}
+        assert problems(version, "Error", {"error": left}) != []
 
 
 def test_versions_that_predate_json_schema_2020_have_none_of_its_words():

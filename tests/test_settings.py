@@ -17,7 +17,7 @@ GOOD = {
     "MPT_KV_CACHE_GB": ("1.5", 1.5),
     "MPT_MAX_ROWS": ("1024", 1024),
     "MPT_PREFILL_TOKENS": ("2048", 2048),
-    "MPT_QUEUE_LIMIT": ("0", 0),
+    "MPT_QUEUE_LIMIT": ("1", 1),
     "MPT_CPU_THREADS": ("3", 3),
     "MPT_DEADLINE_MS": ("86400000", 86_400_000),
     "MPT_DEADLINE_ACTION": ("error", "error"),
@@ -40,6 +40,30 @@ def refusal(**environ: str) -> str:
 def test_nothing_set_gives_the_defaults():
     assert read_settings({}) == Settings()
     assert read_settings({"PATH": "/bin", "AZUREML_OTHER": "x", "mpt_device": "cuda"}) == Settings()
+
+
+def test_defaults():
+    assert dataclasses.asdict(Settings()) == {
+        "model_dir": "",
+        "engine": "mpt",
+        "device": "auto",
+        "dtype": "auto",
+        "max_seq_len": 0,
+        "kv_cache_gb": 0.0,
+        "max_rows": 32,
+        "prefill_tokens": 512,
+        "queue_limit": 256,
+        "cpu_threads": 0,
+        "deadline_ms": 170_000,
+        "deadline_action": "partial",
+        "output_format": "records",
+        "max_body_bytes": 16_000_000,
+        "max_prompts": 128,
+        "max_new_tokens": 4096,
+        "max_sequences": 16,
+        "defaults": "{}",
+        "log_level": "INFO",
+    }
 
 
 def test_every_variable_reaches_its_field():
@@ -86,8 +110,8 @@ OUT_OF_RANGE = [
     ("MPT_MAX_ROWS", "1025", "between 1 and 1024"),
     ("MPT_PREFILL_TOKENS", "31", "between 32 and 65536"),
     ("MPT_PREFILL_TOKENS", "65537", "between 32 and 65536"),
-    ("MPT_QUEUE_LIMIT", "-1", "between 0 and 1000000"),
-    ("MPT_QUEUE_LIMIT", "1000001", "between 0 and 1000000"),
+    ("MPT_QUEUE_LIMIT", "0", "between 1 and 1000000"),
+    ("MPT_QUEUE_LIMIT", "1000001", "between 1 and 1000000"),
     ("MPT_CPU_THREADS", "-1", "between 0 and 1024"),
     ("MPT_CPU_THREADS", "1025", "between 0 and 1024"),
     ("MPT_DEADLINE_MS", "0", "between 1 and 86400000"),
@@ -127,7 +151,14 @@ def test_whole_number_is_written_as_one(text):
     assert refusal(MPT_MAX_ROWS=text) == f"MPT_MAX_ROWS must be a number (int), got {text!r}"
 
 
-CHOICES = {f.metadata["env"]: f.metadata["choices"] for f in FIELDS if f.metadata["choices"]}
+CHOICES = {
+    "MPT_ENGINE": ("mpt", "transformers"),
+    "MPT_DEVICE": ("auto", "cpu", "cuda"),
+    "MPT_DTYPE": ("auto", "bfloat16", "float16", "float32"),
+    "MPT_DEADLINE_ACTION": ("partial", "error"),
+    "MPT_OUTPUT_FORMAT": ("records", "columns", "list"),
+    "MPT_LOG_LEVEL": ("DEBUG", "INFO", "WARNING", "ERROR"),
+}
 
 
 @pytest.mark.parametrize("env", CHOICES)

@@ -56,7 +56,10 @@ def score(service: Service, req: Request, request_id: str) -> Response:
             raise MethodNotAllowed(f"/score takes POST, got {req.method}")
         body = read_body(req, service.settings.max_body_bytes)
     except ScoringError as exc:
-        return refuse(service, exc, request_id, started)
+        response = respond(service.refuse(exc, request_id, started))
+        if exc.status == 405:
+            response.headers["Allow"] = METHODS
+        return response
     answer = service.generate(body, request_id, alive=lambda: not client_gone(req))
     if answer.events is not None and (sock := client_socket(req)) is not None:
         sock.settimeout(SILENCE_S)  # gunicorn has none, and takes it off again before the next request
@@ -113,15 +116,6 @@ def respond(answer: Answer) -> Response:
     # nginx, in front of us in Azure's images, holds a response back until it is whole unless told otherwise.
     headers = answer.headers | {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
     return StreamedResponse(answer.events, answer.status, headers, mimetype="text/event-stream")
-
-
-def refuse(service: Service, exc: ScoringError, request_id: str, started: float) -> Response:
-    """Return the response of an error that never reached the service, counted and logged as the service does it."""
-    service.metrics.request(exc.status, exc.code, time.monotonic() - started)
-    numbers = {"request_id": request_id, "status": exc.status, "code": exc.code}
-    log.info("request", extra={"numbers": numbers})
-    headers = {"Allow": METHODS} if exc.status == 405 else {}
-    return Response(json.dumps(exc.as_json(request_id)), exc.status, headers, mimetype="application/json")
 
 
 def client_gone(req: Request) -> bool:

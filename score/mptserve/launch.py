@@ -57,8 +57,8 @@ class Server:
         self.lines: deque[str] = deque(maxlen=2000)
         self._echo = echo
         env = (
-            os.environ
-            | host_environment()
+            host_environment()
+            | dict(os.environ)  # an operator's own settings win
             | {"AZUREML_MODEL_DIR": str(Path(model_dir).resolve())}
             | dict(environ or {})
         )

@@ -95,14 +95,22 @@ class Service:
             if request.stream:
                 return Answer(200, {}, events=self._stream(request, running, request_id, started))
             results = self._wait(request, running, alive)
+            payload = json.dumps(answer(request, results, self.tokenizer), ensure_ascii=False).encode("utf-8")
         except ScoringError as exc:
-            return self._failed(exc, request_id, started)
+            return self.refuse(exc, request_id, started)
         except Exception:
             log.exception("request failed", extra={"numbers": {"request_id": request_id}})
-            return self._failed(GenerationFailed("unexpected; the log has the reason"), request_id, started)
-        self._log_request(200, "", request_id, started, [r.sequence for r in results])
-        payload = json.dumps(answer(request, results, self.tokenizer), ensure_ascii=False)
-        return Answer(200, headers(results), payload.encode("utf-8"))
+            return self.refuse(GenerationFailed("unexpected; the log has the reason"), request_id, started)
+        sequences = [r.sequence for r in results]
+        gone = any(seq.finish_reason == "cancelled" for seq in sequences)
+        self._log_request(499 if gone else 200, "client_gone" if gone else "", request_id, started, sequences)
+        return Answer(200, headers(results), payload)
+
+    def refuse(self, exc: ScoringError, request_id: str, started: float) -> Answer:
+        """Return the answer that an error is, counted and logged; started: on the monotonic clock."""
+        self._log_request(exc.status, exc.code, request_id, started, [])
+        extra = {} if exc.retry_after_s is None else {"Retry-After": str(exc.retry_after_s)}
+        return Answer(exc.status, extra, json.dumps(exc.as_json(request_id)).encode())
 
     def _submit(self, request: GenerateRequest, started: float) -> list[_Running]:
         """Encode every prompt and hand all sequences to the engine, or none."""
@@ -156,8 +164,16 @@ class Service:
         self, request: GenerateRequest, running: list[_Running], alive: Callable[[], bool] | None
     ) -> list[Result]:
         """Return every sequence's result in order; if one fails, or the deadline is an error, the others end too."""
+
+        def still_alive() -> bool:
+            if alive is None or alive():
+                return True
+            for r in running:
+                r.generation.cancel()
+            return False
+
         try:
-            results = [self._result(request, r, r.generation.result(alive)) for r in running]
+            results = [self._result(request, r, r.generation.result(still_alive if alive else None)) for r in running]
         except ScoringError:
             for r in running:
                 r.generation.cancel()
@@ -220,11 +236,6 @@ class Service:
         finally:
             for r in running:
                 r.generation.cancel()
-
-    def _failed(self, exc: ScoringError, request_id: str, started: float) -> Answer:
-        self._log_request(exc.status, exc.code, request_id, started, [])
-        extra = {} if exc.retry_after_s is None else {"Retry-After": str(exc.retry_after_s)}
-        return Answer(exc.status, extra, json.dumps(exc.as_json(request_id)).encode())
 
     def _log_request(self, status: int, code: str, request_id: str, started: float, sequences: list[Sequence]) -> None:
         seconds = time.monotonic() - started

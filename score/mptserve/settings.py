@@ -52,7 +52,7 @@ class Settings:
         "MPT_PREFILL_TOKENS", 512, "prompt tokens computed in one step, beside the rows that decode", low=32, high=65536
     )
     queue_limit: int = _setting(
-        "MPT_QUEUE_LIMIT", 256, "sequences that may wait; one more is answered 429", low=0, high=1_000_000
+        "MPT_QUEUE_LIMIT", 256, "sequences that may wait; one more is answered 429", low=1, high=1_000_000
     )
     cpu_threads: int = _setting("MPT_CPU_THREADS", 0, "threads of the CPU engine; 0: one per core", high=1024)
     deadline_ms: int = _setting(

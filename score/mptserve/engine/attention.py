@@ -148,8 +148,9 @@ class SlotPlan:
     def _decode(self, cache: Tensor, rows: _Rows, q: Tensor) -> Tensor:
         n, (_, heads, head_dim) = rows.b - rows.a, q.shape
         keys, values = cache[:, rows.slot : rows.slot + n, :, : rows.n_keys].flatten(1, 2).unbind()
-        # K qᵀ rather than q Kᵀ: the same numbers, but MKL reads K up to three times as fast with q as a column.
-        queries = q[rows.a : rows.b].reshape(n * heads, head_dim, 1)
+        # K qᵀ rather than q Kᵀ: MKL then reads K up to three times as fast, but only if q is a transposed row (strides
+        # D, 1, D): as a column of its own (D, 1, 1) it is slower than q Kᵀ.
+        queries = q[rows.a : rows.b].reshape(n * heads, 1, head_dim).transpose(1, 2)
         scores = torch.baddbmm(rows.bias, keys, queries, alpha=self.scale).transpose(1, 2)
         return torch.bmm(scores.softmax(-1), values).view(n, heads, head_dim)
 

@@ -5,8 +5,8 @@ So a row's choice does not depend on its place in the batch, on its neighbours, 
 seed gives the same text after a preemption or on another machine with equal logits. Adding Gumbel noise to log
 probabilities and taking the largest is sampling from them (the Gumbel-max trick).
 
-No full sort: the 64 most likely tokens with log probabilities normalised over the whole vocabulary decide most rows;
-the rows whose filters keep more than those are done again over 1024, and then over all. All reductions are per row
+No full sort: the 32 most likely tokens with log probabilities normalised over the whole vocabulary decide most rows;
+the rows whose filters keep more than those are done again over 512, and then over all. All reductions are per row
 (log_softmax, cumsum, topk), so a row's bits do not depend on the batch either.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mptserve.engine.sequence import SamplingParams, Sequence, Token, penalty_state
 
-CANDIDATES = (64, 1024, 1 << 62)
+CANDIDATES = (32, 512, 1 << 62)
 """How many of the most likely tokens each try looks at."""
 _GOLDEN, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 """Constants of splitmix64 (Steele, Lea, Flood 2014), as signed 64-bit numbers."""
