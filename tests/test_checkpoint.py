@@ -150,6 +150,15 @@ def test_shards_without_an_index_are_found_by_their_names(tmp_path, format):
     assert equal(read_all(tmp_path), expected)
 
 
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
+def test_file_of_the_usual_name_comes_before_others_beside_it(tmp_path, format):
+    expected = write_checkpoint(tmp_path, tiny_config(), format=format)
+    (file,) = weight_files(tmp_path)
+    shutil.copy(file, tmp_path / file.name.replace("model", "model_old"))
+    assert weight_files(tmp_path) == [file]
+    assert equal(read_all(tmp_path), expected)
+
+
 def test_other_bin_files_are_no_weights(tmp_path):
     expected = write_checkpoint(tmp_path, tiny_config(), format="bin")
     torch.save({"learning_rate": 0.1}, tmp_path / "training_args.bin")

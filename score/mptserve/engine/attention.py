@@ -49,6 +49,9 @@ class SlotAttention:
         # -inf for keys after the query. A tile's [H, 32, S] bias is a strided view of the lines, whatever S.
         u = torch.arange(-cache.max_tokens, BLOCK, dtype=torch.float32)
         self.lines = torch.where(u <= 0, self.slopes[:, None] * u, -torch.inf)
+        # Decoding rows read whole multiples of this many keys, the rest masked; heads of the published sizes keep their
+        # bits with 16, smaller ones need 32.
+        self.key_step = 16 if config.head_dim >= 64 else 32
         # Splitting a group costs three calls, about as long as reading this many tokens' keys and values.
         self.tokens_per_call = 800_000 // (2 * config.d_model * 4)
 
@@ -103,7 +106,7 @@ class SlotPlan:
         self.n_decodes, self.chunks = len(decodes), chunks
         self.rows = [
             _Rows(a, b, decodes[a].slot, n_keys, attention.row_bias(_positions(decodes[a:b]) + 1, n_keys))
-            for a, b, n_keys in _groups(decodes, attention.tokens_per_call)
+            for a, b, n_keys in _groups(decodes, attention.key_step, attention.tokens_per_call)
         ]
         by_start: dict[int, list[tuple[int, int, int]]] = {}  # (slot, first token in the step, tokens) by tile start
         first = len(decodes)
@@ -183,11 +186,11 @@ def _positions(decodes: Seq[Sequence]) -> Tensor:
     return torch.tensor([s.n_computed for s in decodes])
 
 
-def _groups(decodes: Seq[Sequence], tokens_per_call: int) -> list[tuple[int, int, int]]:
+def _groups(decodes: Seq[Sequence], key_step: int, tokens_per_call: int) -> list[tuple[int, int, int]]:
     """Return (a, b, keys) of row ranges in neighbouring slots, cut where padding would cost more than another call."""
     groups: list[tuple[int, int, int]] = []
     for i, seq in enumerate(decodes):
-        n_keys = -(-(seq.n_computed + 1) // BLOCK) * BLOCK
+        n_keys = -(-(seq.n_computed + 1) // key_step) * key_step
         if groups and decodes[i - 1].slot + 1 == seq.slot:
             a, _, most = groups[-1]
             together = max(most, n_keys)
