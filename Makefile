@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 5001
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo serve test test-all check format docs bench clean
+.PHONY: help install demo serve test test-all check format bench clean
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -41,8 +41,8 @@ format: install ## Reformat, fix what lint can, refresh generated docs
 	@$(BIN)/ruff format .
 	@$(BIN)/python -m mptserve.docs README.md
 
-bench: install ## Measure this machine: our engine beside transformers, the server under load
-	@$(BIN)/python benchmarks/cpu.py
+bench: install ## Measure this machine: our engine beside transformers, the server under load; ARGS=--quick for a minute
+	@$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 clean: ## Remove what make made
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis score/mptserve.egg-info

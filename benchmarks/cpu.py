@@ -1,14 +1,14 @@
 """Measures this machine: our engine beside `transformers` on the same weights, then the whole server under load.
 
-    python benchmarks/cpu.py [--models embedded wide] [--dtypes bfloat16 float32] [--rows 1 8 32] [--rounds 3]
+    python benchmarks/cpu.py [--quick] [--models embedded wide] [--dtypes bfloat16 float32] [--rows 1 8 32] [--rounds 3]
 
 Two models: the embedded one, where the time per step is overhead, and a random one with MPT-7B's exact layer shapes
 but four layers (1.01 B parameters), where it is reading weights. Per case the contenders take turns, round by round,
 in one process; figures are medians, and the memory bandwidth is measured beside every round, because shared machines
 change under a benchmark. "as shipped" is transformers with the checkpoint's own `use_cache: false`.
 
-decode: (time of N + 1 tokens - time of 1) per token, prompt of 128 tokens, all rows alive, sampled with temperature
-0.5 and top_p 0.5.  prefill: prompt tokens per second until the first token, prompt of 512 tokens.
+prefill: prompt tokens per second until the first token.  decode: (time of N + 1 tokens - time of 1) per token, after
+prompts of 128 tokens, all rows alive.  Both sampled with temperature 0.5 and top_p 0.5.
 The last line is one JSON object.
 """
 
@@ -40,7 +40,7 @@ from mptserve.launch import Server
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "samples" / "mpt-8m"
 PROMPT, LONG_PROMPT = 128, 512
-SERVER_TOKENS = 32
+SERVER_TOKENS = 64
 Generate = Callable[[list[list[int]], int], None]
 """(prompts of equal length, new tokens for each) -> nothing, once all are generated."""
 
@@ -63,7 +63,10 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-server", action="store_true", help="leave out the server under load")
+    parser.add_argument("--quick", action="store_true", help="the embedded model in bfloat16 only, one round: a minute")
     args = parser.parse_args()
+    if args.quick:
+        args.models, args.dtypes, args.rows, args.rounds = ["embedded"], ["bfloat16"], [1, 8], 1
 
     found: dict[str, Any] = {"cores": available_cores(), "torch": torch.__version__, "results": {}}
     print(f"{found['cores']} cores, torch {torch.__version__}, read bandwidth now {bandwidth():.0f} GB/s", flush=True)
@@ -72,7 +75,7 @@ def main() -> None:
             cases = measure_model(name, dtype, args.rows, args.rounds)
             found["results"][f"{name} {dtype}"] = {case.name: vars(case) for case in cases}
     if not args.no_server:
-        found["server"] = measure_server()
+        found["server"] = measure_server(rounds=args.rounds)
     print(json.dumps(found))
 
 
@@ -83,62 +86,87 @@ def measure_model(name: str, dtype: str, rows: list[int], rounds: int) -> list[C
         config = read_config(folder)
         engine = start_engine(folder, config, config.vocab_size, EngineOptions(dtype=dtype, kv_cache_gb=4))
         reference = load_reference(folder, dtype)
-    ours, cached, shipped = by_engine(engine), by_transformers(reference, True), by_transformers(reference, False)
+    contenders = Contenders(by_engine(engine), by_transformers(reference, True), by_transformers(reference, False))
     n_new = 64 if name == "embedded" else 12
+    rounds = rounds if name == "embedded" else min(rounds, 2)
     weights_gb = config.n_parameters * (2 if dtype == "bfloat16" else 4) / 1e9
     print(f"\n{name}, {config.n_parameters / 1e6:,.0f} M parameters, {dtype} ({weights_gb:.2f} GB)")
-    print("case           ours tok/s   transformers        ratio   as shipped   ratio   GB/s beside", flush=True)
-    cases: list[Case] = []
+    print(
+        "case                 ours   transformers     ratio   as shipped   ratio   GB/s beside   (tokens/s)", flush=True
+    )
+    measure_case(contenders, config, 1, 2, 1)  # so that nobody's first call is measured
+    cases = show(measure_prefill(contenders, config, rounds))
     for n in rows:
-        cases.append(measure_case(f"prefill {n} x {LONG_PROMPT}", ours, cached, None, config, n, 0, rounds, True))
-        # Without a cache a step computes the whole sequence again: one row shows it, more would take minutes.
-        without = shipped if n == 1 else None
-        cases.append(measure_case(f"decode {n} rows", ours, cached, without, config, n, n_new, rounds, False))
+        cases += show(measure_case(contenders, config, n, n_new, rounds))
     engine.close()
-    del engine, reference, ours, cached, shipped
+    del engine, reference, contenders
     gc.collect()
     return cases
 
 
-def measure_case(
-    name: str,
-    ours: Generate,
-    cached: Generate,
-    shipped: Generate | None,
-    config: MPTConfig,
-    rows: int,
-    n_new: int,
-    rounds: int,
-    prefill: bool,
-) -> Case:
-    """Let the contenders take turns and return the medians of their tokens per second."""
+def show(cases: list[Case]) -> list[Case]:
+    """Print cases as lines of the table."""
+    for case in cases:
+        fair = f"{case.name:16} {case.ours:9.1f} {case.cached:14.1f} {case.ours / case.cached:8.2f}x"
+        slow = f"{case.shipped:12.1f} {case.ours / case.shipped:6.1f}x" if case.shipped else f"{'':12} {'':7}"
+        print(f"{fair} {slow} {case.bandwidth:13.0f}", flush=True)
+    return cases
 
-    def seconds(generate: Generate, n_tokens: int) -> float:
-        prompts = [random_prompt(config, LONG_PROMPT if prefill else PROMPT) for _ in range(rows)]
-        started = time.perf_counter()
-        generate(prompts, n_tokens)
-        return time.perf_counter() - started
 
-    def speed(generate: Generate) -> float:
-        if prefill:
-            return rows * LONG_PROMPT / seconds(generate, 1)
-        return rows * n_new / max(seconds(generate, n_new + 1) - seconds(generate, 1), 1e-9)
+@dataclass(frozen=True)
+class Contenders:
+    """Who is measured: our engine, transformers with its KV cache, and transformers as MPT checkpoints ship it."""
 
-    for generate in (ours, cached):
-        seconds(generate, 2)
-    speeds: dict[str, list[float]] = {"ours": [], "cached": [], "shipped": [], "bandwidth": []}
+    ours: Generate
+    cached: Generate
+    shipped: Generate
+
+
+def seconds(generate: Generate, config: MPTConfig, rows: int, n_prompt: int, n_new: int) -> float:
+    """Return how long n_new tokens for each of `rows` fresh prompts take."""
+    prompts = [random_prompt(config, n_prompt) for _ in range(rows)]
+    started = time.perf_counter()
+    generate(prompts, n_new)
+    return time.perf_counter() - started
+
+
+def measure_prefill(who: Contenders, config: MPTConfig, rounds: int) -> list[Case]:
+    """Return the speed at which one long prompt is read."""
+    speeds: dict[str, list[float]] = {"ours": [], "cached": [], "bandwidth": []}
     for _ in range(rounds):
         speeds["bandwidth"].append(bandwidth())
-        speeds["ours"].append(speed(ours))
-        speeds["cached"].append(speed(cached))
-    if shipped is not None:
-        speeds["shipped"].append(speed(shipped))
-    median = {key: statistics.median(values) for key, values in speeds.items() if values}
-    case = Case(name, median["ours"], median["cached"], median.get("shipped"), median["bandwidth"])
-    slow = f"{case.shipped:12.1f} {case.ours / case.shipped:6.1f}x" if case.shipped else f"{'':12} {'':7}"
-    fair = f"{case.name:14} {case.ours:10.1f} {case.cached:14.1f} {case.ours / case.cached:11.2f}x"
-    print(f"{fair} {slow} {case.bandwidth:13.0f}", flush=True)
-    return case
+        speeds["ours"].append(LONG_PROMPT / seconds(who.ours, config, 1, LONG_PROMPT, 1))
+        speeds["cached"].append(LONG_PROMPT / seconds(who.cached, config, 1, LONG_PROMPT, 1))
+    median = {key: statistics.median(values) for key, values in speeds.items()}
+    return [Case(f"prefill 1 x {LONG_PROMPT}", median["ours"], median["cached"], None, median["bandwidth"])]
+
+
+def measure_case(who: Contenders, config: MPTConfig, rows: int, n_new: int, rounds: int) -> list[Case]:
+    """Let the contenders take turns; return the medians of prefill and decode, measured in the same runs."""
+    prefill: dict[str, list[float]] = {"ours": [], "cached": []}
+    decode: dict[str, list[float]] = {"ours": [], "cached": [], "shipped": []}
+    beside: list[float] = []
+
+    def run(name: str, generate: Generate, n_new: int) -> None:
+        first = seconds(generate, config, rows, PROMPT, 1)
+        whole = seconds(generate, config, rows, PROMPT, n_new + 1)
+        if name in prefill:
+            prefill[name].append(rows * PROMPT / first)
+        decode[name].append(rows * n_new / max(whole - first, 1e-9))
+
+    for _ in range(rounds):
+        beside.append(bandwidth())
+        run("ours", who.ours, n_new)
+        run("cached", who.cached, n_new)
+    if rows == 1:  # without a cache a step computes the whole sequence again: one row shows it, more take minutes
+        run("shipped", who.shipped, min(n_new, 6))
+    first = {key: statistics.median(values) for key, values in prefill.items()}
+    later = {key: statistics.median(values) for key, values in decode.items() if values}
+    gbs = statistics.median(beside)
+    return [
+        Case(f"prefill {rows} x {PROMPT}", first["ours"], first["cached"], None, gbs),
+        Case(f"decode {rows} rows", later["ours"], later["cached"], later.get("shipped"), gbs),
+    ]
 
 
 def by_engine(engine: MPTEngine) -> Generate:

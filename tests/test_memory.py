@@ -71,6 +71,25 @@ def test_this_machine_has_some_of_both():
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 
+def test_machine_says_in_kilobytes_what_is_free(monkeypatch):
+    content = "MemTotal:       24000 kB\nMemFree:          100 kB\nMemAvailable:    2048 kB\nBuffers: 5 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: {"/proc/meminfo": content}[str(self)])
+    assert memory._machine_bytes() == 2048 * 1024
+
+
+def test_gpu_says_itself_what_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {"cuda:1": (5, 10)}[str(device)])
+    assert available_bytes(torch.device("cuda:1")) == 5
+
+
+@pytest.mark.parametrize(("count", "cores"), [(6, 6), (None, 1)])
+@pytest.mark.usefixtures("cgroup")
+def test_system_without_affinity_has_all_its_cores(monkeypatch, count, cores):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: count)
+    assert available_cores() == cores
+
+
 def test_machine_that_does_not_say_what_is_free_has_half(monkeypatch):
     def no_file(self: Path) -> str:
         raise FileNotFoundError(self)
