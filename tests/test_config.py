@@ -42,7 +42,12 @@ MEMBERS = {
         128,
         16384,
     ),
-    "fine-tune-by-transformers": (MPTConfig(**SEVEN_B, torch_dtype="float16"), 6_649_286_656, 128, 16384),
+    "fine-tune-by-transformers": (
+        MPTConfig(**SEVEN_B, torch_dtype="float16", eos_token_ids=(0, 50278)),
+        6_649_286_656,
+        128,
+        16384,
+    ),
 }
 
 
@@ -135,8 +140,8 @@ def test_options_that_add_tensors():
         ({"layer_norm_epsilon": 1e-6}, {"layer_norm_epsilon": 1e-6}),
         ({"eos_token_id": None}, {}),
         ({"eos_token_id": []}, {}),
-        ({"eos_token_id": 5}, {"eos_token_id": 5}),
-        ({"eos_token_id": [5, 7]}, {"eos_token_id": 5}),
+        ({"eos_token_id": 5}, {"eos_token_ids": (5,)}),
+        ({"eos_token_id": [5, 7]}, {"eos_token_ids": (5, 7)}),
         ({"dtype": None, "torch_dtype": "torch.float16"}, {"torch_dtype": "float16"}),
         ({"dtype": None}, {"torch_dtype": "bfloat16"}),
         ({"learned_pos_emb": True}, {}),
@@ -251,9 +256,9 @@ def test_number_must_be_one(name, value):
         ({"model_type": "llama"}, "model_type must be mpt or mosaic_gpt, got 'llama'"),
         ({"d_model": 66}, "d_model (66) must be a multiple of n_heads (4)"),
         ({"ffn_config": "mptmlp"}, "config.json: ffn_config must be an object, got 'mptmlp'"),
-        ({"eos_token_id": "0"}, "config.json: eos_token_id must be a whole number, got '0'"),
-        ({"eos_token_id": ["0"]}, "config.json: eos_token_id must be a whole number, got ['0']"),
-        ({"eos_token_id": True}, "config.json: eos_token_id must be a whole number, got True"),
+        ({"eos_token_id": "0"}, "config.json: eos_token_id must be a whole number or a list of them, got '0'"),
+        ({"eos_token_id": ["0"]}, "config.json: eos_token_id must be a whole number or a list of them, got ['0']"),
+        ({"eos_token_id": True}, "config.json: eos_token_id must be a whole number or a list of them, got True"),
     ],
     ids=str,
 )

@@ -206,6 +206,15 @@ def test_eos_ends_unless_ignored_and_not_before_min_new_tokens(tmp_path: Path) -
     assert 0 not in [t.id for t in later.out][:60]
 
 
+def test_any_of_several_end_tokens_ends(tmp_path: Path) -> None:
+    tiny = load_tiny(tmp_path, tiny_config(vocab_size=16, eos_token_id=[3, 9]))
+    engine = make_engine(tiny.model)
+    jobs = [Job([5], SamplingParams(max_new_tokens=200, seed=i, min_new_tokens=4)) for i in range(20)]
+    ends = [g.result() for g in engine.submit_all(jobs)]
+    assert {seq.out[-1].id for seq in ends if seq.finish_reason == "eos"} == {3, 9}
+    assert all(token.id not in (3, 9) for seq in ends for token in seq.out[:-1])
+
+
 def test_a_stop_check_ends_in_the_same_step(tiny: Tiny) -> None:
     engine, seen = make_engine(tiny.model), list[int]()
 

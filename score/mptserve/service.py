@@ -17,7 +17,14 @@ from mptserve.engine.checkpoint import find_checkpoint
 from mptserve.engine.config import read_config
 from mptserve.engine.sampling import derived_seed
 from mptserve.engine.start import EngineOptions, start_engine
-from mptserve.errors import ContextTooLong, DeadlineExceeded, GenerationFailed, ScoringError, TooLarge
+from mptserve.errors import (
+    ContextTooLong,
+    DeadlineExceeded,
+    GenerationFailed,
+    ScoringError,
+    TooLarge,
+    UnsupportedModel,
+)
 from mptserve.metrics import Metrics
 from mptserve.request import GenerateRequest, PromptRequest, RequestParser
 from mptserve.response import KEEP_ALIVE, Result, answer, details, event, headers, timings_ms
@@ -59,7 +66,12 @@ class Service:
         checkpoint = find_checkpoint(Path(settings.model_dir))
         self.tokenizer = Tokenizer(checkpoint.tokenizer)
         config = read_config(checkpoint.folder)
-        self.eos_token_id = config.eos_token_id
+        if self.tokenizer.n_tokens > config.vocab_size:
+            raise UnsupportedModel(
+                f"{checkpoint.tokenizer} has {self.tokenizer.n_tokens} tokens, but the model's vocab_size is "
+                f"{config.vocab_size}: they do not belong together"
+            )
+        self.end_of_text = config.eos_token_ids[0]
         options = EngineOptions(
             settings.device,
             settings.dtype,
@@ -137,7 +149,7 @@ class Service:
                 field=prompt.pointer,
                 code="prompt_too_large",
             )
-        ids = self.tokenizer.encode(prompt.prompt) or [self.eos_token_id]
+        ids = self.tokenizer.encode(prompt.prompt) or [self.end_of_text]
         if prompt.truncate is not None:
             ids = ids[-prompt.truncate :]
         if len(ids) + n_new > limit:
@@ -183,7 +195,7 @@ class Service:
 
     def _result(self, request: GenerateRequest, running: _Running, seq: Sequence) -> Result:
         text = TextStream(self.tokenizer, request.stop)
-        generated = "".join([*(text.push(t.id) for t in seq.out), text.finish()])
+        generated = "".join([*(text.push(t.id) for t in seq.out if t.id not in seq.eos_ids), text.finish()])
         prompt = request.prompts[running.prompt].prompt if request.return_full_text else ""
         return Result(running.prompt, running.number, prompt + generated, seq)
 
@@ -220,6 +232,8 @@ class Service:
                     left -= 1
                     if seq.error is not None:
                         raise seq.error
+                if token is not None and token.id in seq.eos_ids:
+                    continue
                 if piece := text.finish() if token is None else text.push(token.id):
                     yield _piece(r, piece)
             results = [Result(r.prompt, r.number, "", r.generation.sequence) for r in running]

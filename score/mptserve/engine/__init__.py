@@ -160,7 +160,7 @@ class MPTEngine:
             raise ContextTooLong(
                 f"{len(job.prompt)} prompt + {job.params.max_new_tokens} new tokens > {self.max_tokens}"
             )
-        eos_ids = (self.runner.model.config.eos_token_id,)
+        eos_ids = self.runner.model.config.eos_token_ids
         return Sequence(job.prompt, job.params, eos_ids, job.stop_check, job.deadline, self._finished, job.events)
 
     def _notify(self) -> None:

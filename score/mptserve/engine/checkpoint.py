@@ -8,6 +8,7 @@ import json
 import pickle
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def find_checkpoint(root: Path) -> Checkpoint:
     if not root.is_dir():
         raise ModelNotFound(f"AZUREML_MODEL_DIR is {str(root)!r}, which is not a folder")
     configs = [path for path in _walk(root, "config.json") if _is_mpt(path)]
-    folders = [path.parent for path in configs if weight_files(path.parent)]
+    found = {path.parent.resolve(): path.parent for path in configs if weight_files(path.parent)}
+    folders = list(found.values())  # a link such as `latest` is no second checkpoint
     if not folders:
         where = f"; {configs[0].parent} has a config but no weights" if configs else ""
         raise ModelNotFound(
@@ -162,7 +164,8 @@ def _walk(root: Path, name: str) -> Iterator[Path]:
         if (folder / name).is_file():
             yield folder / name
         if depth < _DEPTH:
-            queue += [(child, depth + 1) for child in sorted(folder.iterdir()) if child.is_dir()]
+            with suppress(PermissionError):  # lost+found of a mounted disk, for one
+                queue += [(child, depth + 1) for child in sorted(folder.iterdir()) if child.is_dir()]
 
 
 def _is_mpt(path: Path) -> bool:

@@ -32,7 +32,7 @@ class MPTConfig:
     layer_norm_epsilon: float = 1e-5
     no_bias: bool = True
     tie_word_embeddings: bool = True
-    eos_token_id: int = 0
+    eos_token_ids: tuple[int, ...] = (0,)
     model_type: str = "mpt"
     torch_dtype: str = "bfloat16"
 
@@ -132,7 +132,7 @@ def parse_config(raw: dict[str, Any]) -> MPTConfig:
         layer_norm_epsilon=_float(raw, "norm_eps") or _float(raw, "layer_norm_epsilon") or 1e-5,
         no_bias=bool(raw.get("no_bias", True)),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
-        eos_token_id=_eos(raw.get("eos_token_id")),
+        eos_token_ids=_eos(raw.get("eos_token_id")),
         model_type=model_type,
         torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16").removeprefix("torch."),
     )
@@ -204,12 +204,10 @@ def _object(raw: dict[str, Any], name: str) -> dict[str, Any]:
     return dict(value or {})
 
 
-def _eos(value: Any) -> int:
-    """Return the end-of-text token's id, the first one of a list; 0, as in all published checkpoints, where none is."""
+def _eos(value: Any) -> tuple[int, ...]:
+    """Return the tokens that end a text, one or several; a checkpoint that names none means token 0, as all MPT do."""
     ids = value if isinstance(value, list) else [value]
-    first = ids[0] if ids else None
-    if first is None:
-        return 0
-    if isinstance(first, bool) or not isinstance(first, int):
-        raise UnsupportedModel(f"config.json: eos_token_id must be a whole number, got {value!r}")
-    return first
+    for id in ids:
+        if id is not None and (isinstance(id, bool) or not isinstance(id, int) or id < 0):
+            raise UnsupportedModel(f"config.json: eos_token_id must be a whole number or a list of them, got {value!r}")
+    return tuple(id for id in ids if id is not None) or (0,)

@@ -94,7 +94,7 @@ class ReferenceEngine:
         self.model, self.n_tokens, self.max_tokens, self.queue_limit = model, n_tokens, max_tokens, queue_limit
         self.failure: str | None = None
         self.draining = False
-        self._eos_ids = torch.tensor([config.eos_token_id], device=model.device)
+        self._eos_ids = torch.tensor(config.eos_token_ids, device=model.device)
         self._on_finish, self._stats = on_finish, EngineStats()
         self._queue: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="reference-engine", daemon=True)

@@ -26,7 +26,7 @@ class Runner:
 
     def __init__(self, model: MPT, attention: Attention) -> None:
         self.model, self.attention = model, attention
-        self.eos_ids = torch.tensor([model.config.eos_token_id], device=model.device)
+        self.eos_ids = torch.tensor(model.config.eos_token_ids, device=model.device)
         self.n_threads = torch.get_num_threads()
 
     def step(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> tuple[list[Sequence], Sampled]:
