@@ -4,8 +4,9 @@
 
 Two models: the embedded one, where the time per step is overhead, and a random one with MPT-7B's exact layer shapes
 but four layers (1.01 B parameters), where it is reading weights. Per case the contenders take turns, round by round,
-in one process; figures are medians, and the memory bandwidth is measured beside every round, because shared machines
-change under a benchmark. "as shipped" is transformers with the checkpoint's own `use_cache: false`.
+each in a process of its own; figures are medians, and the memory bandwidth is measured beside every round, because
+shared machines change under a benchmark. "as shipped" is transformers with the checkpoint's own `use_cache: false`.
+bfloat16 is left out, unless asked for, where the CPU has no instructions for it: the engine then chooses float32 too.
 
 prefill: prompt tokens per second until the first token.  decode: (time of N + 1 tokens - time of 1) per token, after
 prompts of 128 tokens, all rows alive.  Both sampled with temperature 0.5 and top_p 0.5.
@@ -13,10 +14,11 @@ The last line is one JSON object.
 """
 
 import argparse
-import gc
 import http.client
 import json
+import multiprocessing
 import os
+import platform
 import statistics
 import sys
 import tempfile
@@ -32,17 +34,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from safetensors.torch import save_file
 
-from mptserve.engine import Job, MPTEngine, SamplingParams
-from mptserve.engine.config import MPTConfig, parse_config, read_config
+from mptserve.engine import Job, SamplingParams
+from mptserve.engine.config import parse_config, read_config
 from mptserve.engine.memory import available_cores
 from mptserve.engine.start import EngineOptions, start_engine
+from mptserve.engine.weights import choose_placement
 from mptserve.launch import Server
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "samples" / "mpt-8m"
 PROMPT, LONG_PROMPT = 128, 512
 SERVER_TOKENS = 64
-Generate = Callable[[list[list[int]], int], None]
-"""(prompts of equal length, new tokens for each) -> nothing, once all are generated."""
+Generate = Callable[[list[list[int]], int, bool], None]
+"""(prompts of equal length, new tokens for each, use a KV cache) -> nothing, once all are generated."""
 
 
 @dataclass(frozen=True)
@@ -59,17 +62,19 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=("embedded", "wide"), default=["embedded", "wide"])
-    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
+    best = str(choose_placement("cpu", "auto").dtype).removeprefix("torch.")
+    both = sorted({best, "float32"})
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=both)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-server", action="store_true", help="leave out the server under load")
-    parser.add_argument("--quick", action="store_true", help="the embedded model in bfloat16 only, one round: a minute")
+    parser.add_argument("--quick", action="store_true", help="the embedded model in one dtype, one round: a minute")
     args = parser.parse_args()
     if args.quick:
-        args.models, args.dtypes, args.rows, args.rounds = ["embedded"], ["bfloat16"], [1, 8], 1
+        args.models, args.dtypes, args.rows, args.rounds = ["embedded"], [best], [1, 8], 1
 
-    found: dict[str, Any] = {"cores": available_cores(), "torch": torch.__version__, "results": {}}
-    print(f"{found['cores']} cores, torch {torch.__version__}, read bandwidth now {bandwidth():.0f} GB/s", flush=True)
+    found: dict[str, Any] = {"cpu": cpu_name(), "cores": available_cores(), "torch": torch.__version__, "results": {}}
+    print(", ".join((found["cpu"], f"{found['cores']} cores", f"torch {torch.__version__}")), flush=True)
     for name in args.models:
         for dtype in args.dtypes:
             cases = measure_model(name, dtype, args.rows, args.rounds)
@@ -84,24 +89,56 @@ def measure_model(name: str, dtype: str, rows: list[int], rounds: int) -> list[C
     with tempfile.TemporaryDirectory() as scratch:
         folder = EMBEDDED if name == "embedded" else write_wide_model(Path(scratch))
         config = read_config(folder)
-        engine = start_engine(folder, config, config.vocab_size, EngineOptions(dtype=dtype, kv_cache_gb=4))
-        reference = load_reference(folder, dtype)
-    contenders = Contenders(by_engine(engine), by_transformers(reference, True), by_transformers(reference, False))
+        ours = Contender(by_engine, folder, dtype)
+        theirs = Contender(by_transformers, folder, dtype)
     n_new = 64 if name == "embedded" else 12
     rounds = rounds if name == "embedded" else min(rounds, 2)
     weights_gb = config.n_parameters * (2 if dtype == "bfloat16" else 4) / 1e9
     print(f"\n{name}, {config.n_parameters / 1e6:,.0f} M parameters, {dtype} ({weights_gb:.2f} GB)")
-    print(
-        "case                 ours   transformers     ratio   as shipped   ratio   GB/s beside   (tokens/s)", flush=True
-    )
-    measure_case(contenders, config, 1, 2, 1)  # so that nobody's first call is measured
-    cases = show(measure_prefill(contenders, config, rounds))
+    print("tokens/s             ours   transformers     ratio   as shipped   ratio   GB/s beside", flush=True)
+    measure_case(ours, theirs, 1, 2, 1)  # so that nobody's first call is measured
+    cases = show(measure_prefill(ours, theirs, rounds))
     for n in rows:
-        cases += show(measure_case(contenders, config, n, n_new, rounds))
-    engine.close()
-    del engine, reference, contenders
-    gc.collect()
+        cases += show(measure_case(ours, theirs, n, n_new, rounds))
+    ours.close()
+    theirs.close()
     return cases
+
+
+class Contender:
+    """Somebody who generates, in a process of its own.
+
+    In one process they would slow each other down even while they wait: OpenMP keeps a pool of threads for each, and
+    lets them sleep between operations once the pools together outnumber the cores.
+    """
+
+    def __init__(self, make: Callable[[Path, str], Generate], folder: Path, dtype: str) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, theirs = spawn.Pipe()
+        self._process = spawn.Process(target=contend, args=(make, folder, dtype, theirs), daemon=True)
+        self._process.start()
+        self._n_vocab = self._pipe.recv()
+
+    def seconds(self, rows: int, n_prompt: int, n_new: int, use_cache: bool = True) -> float:
+        """Return how long n_new tokens for each of `rows` prompts take; fresh ids, so that no prefix cache helps."""
+        prompts = [torch.randint(2, self._n_vocab, (n_prompt,)).tolist() for _ in range(rows)]
+        self._pipe.send((prompts, n_new, use_cache))
+        seconds: float = self._pipe.recv()
+        return seconds
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join()
+
+
+def contend(make: Callable[[Path, str], Generate], folder: Path, dtype: str, pipe: Any) -> None:
+    """Load, then generate what the pipe asks for and answer with the seconds, until it sends None."""
+    generate = make(folder, dtype)
+    pipe.send(read_config(folder).vocab_size)
+    while (job := pipe.recv()) is not None:
+        started = time.perf_counter()
+        generate(*job)
+        pipe.send(time.perf_counter() - started)
 
 
 def show(cases: list[Case]) -> list[Case]:
@@ -113,54 +150,36 @@ def show(cases: list[Case]) -> list[Case]:
     return cases
 
 
-@dataclass(frozen=True)
-class Contenders:
-    """Who is measured: our engine, transformers with its KV cache, and transformers as MPT checkpoints ship it."""
-
-    ours: Generate
-    cached: Generate
-    shipped: Generate
-
-
-def seconds(generate: Generate, config: MPTConfig, rows: int, n_prompt: int, n_new: int) -> float:
-    """Return how long n_new tokens for each of `rows` fresh prompts take."""
-    prompts = [random_prompt(config, n_prompt) for _ in range(rows)]
-    started = time.perf_counter()
-    generate(prompts, n_new)
-    return time.perf_counter() - started
-
-
-def measure_prefill(who: Contenders, config: MPTConfig, rounds: int) -> list[Case]:
+def measure_prefill(ours: Contender, theirs: Contender, rounds: int) -> list[Case]:
     """Return the speed at which one long prompt is read."""
     speeds: dict[str, list[float]] = {"ours": [], "cached": [], "bandwidth": []}
     for _ in range(rounds):
         speeds["bandwidth"].append(bandwidth())
-        speeds["ours"].append(LONG_PROMPT / seconds(who.ours, config, 1, LONG_PROMPT, 1))
-        speeds["cached"].append(LONG_PROMPT / seconds(who.cached, config, 1, LONG_PROMPT, 1))
+        speeds["ours"].append(LONG_PROMPT / ours.seconds(1, LONG_PROMPT, 1))
+        speeds["cached"].append(LONG_PROMPT / theirs.seconds(1, LONG_PROMPT, 1))
     median = {key: statistics.median(values) for key, values in speeds.items()}
     return [Case(f"prefill 1 x {LONG_PROMPT}", median["ours"], median["cached"], None, median["bandwidth"])]
 
 
-def measure_case(who: Contenders, config: MPTConfig, rows: int, n_new: int, rounds: int) -> list[Case]:
+def measure_case(ours: Contender, theirs: Contender, rows: int, n_new: int, rounds: int) -> list[Case]:
     """Let the contenders take turns; return the medians of prefill and decode, measured in the same runs."""
-    prefill: dict[str, list[float]] = {"ours": [], "cached": []}
+    prefill: dict[str, list[float]] = {"ours": [], "cached": [], "shipped": []}
     decode: dict[str, list[float]] = {"ours": [], "cached": [], "shipped": []}
     beside: list[float] = []
 
-    def run(name: str, generate: Generate, n_new: int) -> None:
-        first = seconds(generate, config, rows, PROMPT, 1)
-        whole = seconds(generate, config, rows, PROMPT, n_new + 1)
-        if name in prefill:
-            prefill[name].append(rows * PROMPT / first)
+    def run(name: str, who: Contender, n_new: int) -> None:
+        first = who.seconds(rows, PROMPT, 1, name != "shipped")
+        whole = who.seconds(rows, PROMPT, n_new + 1, name != "shipped")
+        prefill[name].append(rows * PROMPT / first)
         decode[name].append(rows * n_new / max(whole - first, 1e-9))
 
     for _ in range(rounds):
         beside.append(bandwidth())
-        run("ours", who.ours, n_new)
-        run("cached", who.cached, n_new)
+        run("ours", ours, n_new)
+        run("cached", theirs, n_new)
     if rows == 1:  # without a cache a step computes the whole sequence again: one row shows it, more take minutes
-        run("shipped", who.shipped, min(n_new, 6))
-    first = {key: statistics.median(values) for key, values in prefill.items()}
+        run("shipped", theirs, min(n_new, 6))
+    first = {key: statistics.median(values) for key, values in prefill.items() if values}
     later = {key: statistics.median(values) for key, values in decode.items() if values}
     gbs = statistics.median(beside)
     return [
@@ -169,8 +188,11 @@ def measure_case(who: Contenders, config: MPTConfig, rows: int, n_new: int, roun
     ]
 
 
-def by_engine(engine: MPTEngine) -> Generate:
-    def generate(prompts: list[list[int]], n_new: int) -> None:
+def by_engine(folder: Path, dtype: str) -> Generate:
+    config = read_config(folder)
+    engine = start_engine(folder, config, config.vocab_size, EngineOptions(dtype=dtype, kv_cache_gb=4))
+
+    def generate(prompts: list[list[int]], n_new: int, _: bool) -> None:
         params = [
             SamplingParams(max_new_tokens=n_new, temperature=0.5, top_p=0.5, ignore_eos=True, seed=i)
             for i in range(len(prompts))
@@ -182,9 +204,13 @@ def by_engine(engine: MPTEngine) -> Generate:
     return generate
 
 
-def by_transformers(model: Any, use_cache: bool) -> Generate:
-    def generate(prompts: list[list[int]], n_new: int) -> None:
-        torch.set_num_threads(available_cores())  # of this thread; the engine's has its own number
+def by_transformers(folder: Path, dtype: str) -> Generate:
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    model: Any = transformers.MptForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+
+    def generate(prompts: list[list[int]], n_new: int, use_cache: bool) -> None:
         with torch.inference_mode():
             ids = torch.tensor(prompts)
             model.generate(
@@ -200,13 +226,6 @@ def by_transformers(model: Any, use_cache: bool) -> Generate:
             )
 
     return generate
-
-
-def load_reference(folder: Path, dtype: str) -> Any:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    return transformers.MptForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 def write_wide_model(folder: Path) -> Path:
@@ -229,9 +248,16 @@ def write_wide_model(folder: Path) -> Path:
     return folder
 
 
-def random_prompt(config: MPTConfig, n: int) -> list[int]:
-    """Fresh ids every time, so that no prefix cache helps."""
-    return torch.randint(2, config.vocab_size, (n,)).tolist()
+def cpu_name() -> str:
+    """Return the processor's name and the instructions that decide, where Linux tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    about = dict(line.split(":", 1) for line in lines if ":" in line)
+    about = {key.strip(): value.strip() for key, value in about.items()}
+    flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in about.get("flags", "").split()]
+    return f"{about.get('model name', platform.processor())} ({', '.join(flags)})"
 
 
 def bandwidth() -> float:

@@ -259,7 +259,7 @@ def test_a_reader_who_hangs_up_ends_the_generation(server: LoggedServer) -> None
     body = request("Once", "Twice", **wanted, num_return_sequences=4, stream=True)
     with Stream(server.port, body, headers={"x-request-id": "hung-up"}) as stream:
         next(stream.events)
-        assert metrics(server.port)["mpt_running"] == 8
+        eventually(lambda: metrics(server.port)["mpt_running"] == 8, "8 running sequences")
     eventually(lambda: metrics(server.port)["mpt_running"] == 0, "an idle engine")
     after = metrics(server.port)
     assert after["mpt_kv_blocks_free"] == after["mpt_kv_blocks"]

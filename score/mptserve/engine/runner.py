@@ -1,7 +1,9 @@
 """Runs one step on the model: a batch of decoding rows and prompt chunks in, one sampled token per ready row out."""
 
+import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,13 +23,47 @@ class Attention(Protocol):
     def plan(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> Plan: ...
 
 
-class Runner:
-    """Turns a scheduled step into tensors and back. Keeps no state between steps: keys and values live in the cache."""
+_WORTH_THREADS = 0.1e-3
+"""Seconds of one thread's work in an operation from which more threads are worth their meeting."""
 
-    def __init__(self, model: MPT, attention: Attention) -> None:
-        self.model, self.attention = model, attention
+
+@dataclass(frozen=True)
+class ThreadSpeed:
+    """What one CPU thread does in a linear layer. read: seconds per weight.  multiply: seconds per weight and token."""
+
+    read: float
+    multiply: float
+
+
+def measure_thread_speed(model: MPT) -> ThreadSpeed:
+    """Return the speed of one thread over the first layers of `model`: machines differ tenfold."""
+    few, many = 2, 64
+    layers = [block.up_proj for block in model.blocks[:8]]
+    weights = model.config.d_model * model.config.d_ff * len(layers)
+
+    def seconds(n_tokens: int) -> float:
+        x = torch.zeros(n_tokens, model.config.d_model, dtype=model.dtype)
+        started = time.perf_counter()
+        for layer in layers:
+            layer(x)
+        return time.perf_counter() - started
+
+    torch.set_num_threads(1)
+    return ThreadSpeed(
+        read=min(seconds(few) for _ in range(3)) / weights,
+        multiply=min(seconds(many) for _ in range(2)) / many / weights,
+    )
+
+
+class Runner:
+    """Turns a scheduled step into tensors and back. Keeps no state between steps: keys and values live in the cache.
+
+    speed: of one CPU thread.  n_threads: of the CPU, at most.
+    """
+
+    def __init__(self, model: MPT, attention: Attention, speed: ThreadSpeed | None = None, n_threads: int = 1) -> None:
+        self.model, self.attention, self.speed, self.n_threads = model, attention, speed, n_threads
         self.eos_ids = torch.tensor(model.config.eos_token_ids, device=model.device)
-        self.n_threads = torch.get_num_threads()
 
     def step(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> tuple[list[Sequence], Sampled]:
         """Compute the step; return the sequences that got a token, and the tokens, in the same order.
@@ -57,12 +93,14 @@ class Runner:
         """Return how many threads this step is worth.
 
         Threads meet after every operation, and where a core is busy otherwise, as with HTTP, they wait for each other
-        for milliseconds. So operations that one thread does in half a millisecond stay on one. The bits are the same.
+        for milliseconds. So operations that one thread does in a moment stay on one. The bits are the same.
         """
+        if self.speed is None:
+            return self.n_threads
         config = self.model.config
         weights = config.n_parameters / (4 * config.n_layers)  # of an average linear layer
-        seconds = max(weights * self.model.dtype.itemsize / 25e9, 2 * weights * n_tokens / 100e9)
-        return self.n_threads if seconds > 0.5e-3 else 1
+        seconds = max(weights * self.speed.read, weights * n_tokens * self.speed.multiply)
+        return self.n_threads if seconds > _WORTH_THREADS else 1
 
     def _ids(self, numbers: list[int]) -> Tensor:
         """Return numbers as a tensor of at least two: a single row would take another linear kernel and other bits."""

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from mptserve.engine.config import MPTConfig
 from mptserve.engine.kv_cache import PagedCache, SlotCache, n_blocks_for
 from mptserve.engine.memory import available_bytes, available_cores
 from mptserve.engine.model import MPT
-from mptserve.engine.runner import Attention, Runner
+from mptserve.engine.runner import Attention, Runner, ThreadSpeed, measure_thread_speed
 from mptserve.engine.scheduler import Cache, Scheduler
 from mptserve.engine.sequence import BLOCK, Sequence
 from mptserve.engine.weights import Placement, check_fit, choose_placement, load_model
@@ -50,14 +51,24 @@ def start_engine(
     """Return a running, warmed-up engine for the checkpoint in `folder`; raises StartupError's children."""
     started = time.monotonic()
     place = choose_placement(options.device, options.dtype)
-    if place.device.type == "cpu":
-        torch.set_num_threads(options.cpu_threads or available_cores())
     max_seq_len = options.max_seq_len or config.max_seq_len
     reader = WeightReader(folder, config)
     check_fit(config, place, max_seq_len)
-    model = load_model(reader, config, place, n_tokens)
-    _warm_up(assemble(model, place, min(max_seq_len, 4 * BLOCK), options))
-    engine = assemble(model, place, max_seq_len, options, on_finish=on_finish, on_failure=on_failure)
+    n_threads = options.cpu_threads or available_cores()
+
+    @torch.inference_mode()
+    def load() -> tuple[MPT, ThreadSpeed | None]:
+        torch.set_num_threads(n_threads)
+        model = load_model(reader, config, place, n_tokens)
+        return model, measure_thread_speed(model) if place.device.type == "cpu" else None
+
+    # On a thread of its own, which ends: OpenMP keeps a pool of threads for every thread that ever computed, and as
+    # soon as all pools together outnumber the cores, its threads sleep between operations instead of standing by,
+    # which halves the speed of small models.
+    with ThreadPoolExecutor(max_workers=1) as loader:
+        model, speed = loader.submit(load).result()
+    _warm_up(assemble(model, place, min(max_seq_len, 4 * BLOCK), options, speed))
+    engine = assemble(model, place, max_seq_len, options, speed, on_finish=on_finish, on_failure=on_failure)
     log.info(
         "engine ready",
         extra={
@@ -79,6 +90,7 @@ def assemble(
     place: Placement,
     max_seq_len: int,
     options: EngineOptions,
+    speed: ThreadSpeed | None = None,
     *,
     on_finish: Callable[[Sequence], None] = lambda _: None,
     on_failure: Callable[[str], None] = lambda _: None,
@@ -95,7 +107,7 @@ def assemble(
         pages = PagedCache(config, n_blocks, place.kv_dtype, place.device)
         cache, attention = pages, PagedAttention(config, pages)
     return MPTEngine(
-        Runner(model, attention),
+        Runner(model, attention, speed, options.cpu_threads or available_cores()),
         Scheduler(cache, options.max_rows, options.prefill_tokens, exact_resume=place.device.type == "cpu"),
         max_tokens=min(max_seq_len, n_blocks * BLOCK),
         queue_limit=options.queue_limit,
