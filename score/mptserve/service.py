@@ -8,7 +8,7 @@ import logging
 import queue
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,12 +48,20 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class _Running:
-    """One sequence on its way, and whose it is."""
+class Running:
+    """One sequence on its way: sequence `number` of prompt `prompt` of its request."""
 
     prompt: int
     number: int
     generation: Generation
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text that a streamed sequence goes on with: whole characters, nothing of a stop string."""
+
+    running: Running
+    text: str
 
 
 class Service:
@@ -103,10 +111,10 @@ class Service:
         started = time.monotonic()
         try:
             request = self.parser.parse(body)
-            running = self._submit(request, started)
+            running = self.submit(request, started)
             if request.stream:
-                return Answer(200, {}, events=self._stream(request, running, request_id, started))
-            results = self._wait(request, running, alive)
+                return Answer(200, {}, events=self._events(request, running, request_id, started))
+            results = self.results(request, running, alive)
             payload = json.dumps(answer(request, results, self.tokenizer), ensure_ascii=False).encode("utf-8")
         except ScoringError as exc:
             return self.refuse(exc, request_id, started)
@@ -124,8 +132,12 @@ class Service:
         extra = {} if exc.retry_after_s is None else {"Retry-After": str(exc.retry_after_s)}
         return Answer(exc.status, extra, json.dumps(exc.as_json(request_id)).encode())
 
-    def _submit(self, request: GenerateRequest, started: float) -> list[_Running]:
-        """Encode every prompt and hand all sequences to the engine, or none."""
+    def submit(self, request: GenerateRequest, started: float) -> list[Running]:
+        """Encode every prompt and hand all sequences to the engine, or none; raises ScoringError's children.
+
+        started: on the monotonic clock; the deadline counts from it.  Go on with `results`, or `stream` when the
+        request asks for one.
+        """
         deadline = started + self.settings.deadline_ms / 1000
         events: TokenQueue | None = queue.SimpleQueue() if request.stream else None
         jobs: list[Job] = []
@@ -137,7 +149,7 @@ class Service:
                 jobs.append(Job(ids, sampling, deadline, self._stop_check(request.stop), events))
                 places.append((i, number))
         generations = self.engine.submit_all(jobs)
-        return [_Running(i, number, g) for (i, number), g in zip(places, generations, strict=True)]
+        return [Running(i, number, g) for (i, number), g in zip(places, generations, strict=True)]
 
     def _encode(self, prompt: PromptRequest) -> list[int]:
         """Return the prompt's token ids, cut from the left when asked; an empty prompt becomes the end-of-text token,
@@ -172,8 +184,8 @@ class Service:
 
         return stopped
 
-    def _wait(
-        self, request: GenerateRequest, running: list[_Running], alive: Callable[[], bool] | None
+    def results(
+        self, request: GenerateRequest, running: list[Running], alive: Callable[[], bool] | None = None
     ) -> list[Result]:
         """Return every sequence's result in order; if one fails, or the deadline is an error, the others end too."""
 
@@ -193,7 +205,7 @@ class Service:
         self._check_deadline(results)
         return results
 
-    def _result(self, request: GenerateRequest, running: _Running, seq: Sequence) -> Result:
+    def _result(self, request: GenerateRequest, running: Running, seq: Sequence) -> Result:
         text = TextStream(self.tokenizer, request.stop)
         generated = "".join([*(text.push(t.id) for t in seq.out if t.id not in seq.eos_ids), text.finish()])
         prompt = request.prompts[running.prompt].prompt if request.return_full_text else ""
@@ -206,12 +218,12 @@ class Service:
                 f"{len(late)} of {len(results)} sequences were not done after {self.settings.deadline_ms} ms"
             )
 
-    def _stream(
-        self, request: GenerateRequest, running: list[_Running], request_id: str, started: float
-    ) -> Iterator[str]:
-        """Yield server-sent events: `text` pieces, then `done` with the details, or `error`.
+    def stream(
+        self, request: GenerateRequest, running: list[Running]
+    ) -> Generator[Piece | list[Result] | None, None, None]:
+        """Yield pieces of text as they come, None after KEEP_ALIVE_S of silence, and last the results, without texts.
 
-        Closing the iterator, as a server does when the reader is gone, cancels every sequence.
+        Raises as `results` does. Closing it, as a server does when the reader is gone, cancels every sequence.
         """
         texts = {r.generation.sequence: (r, TextStream(self.tokenizer, request.stop)) for r in running}
         events = running[0].generation.sequence.events
@@ -219,13 +231,13 @@ class Service:
         try:
             if request.return_full_text:
                 for r in running:
-                    yield _piece(r, request.prompts[r.prompt].prompt)
+                    yield Piece(r, request.prompts[r.prompt].prompt)
             left = len(running)
             while left:
                 try:
                     seq, token = events.get(timeout=KEEP_ALIVE_S)
                 except queue.Empty:
-                    yield KEEP_ALIVE
+                    yield None
                     continue
                 r, text = texts[seq]
                 if token is None:
@@ -235,12 +247,30 @@ class Service:
                 if token is not None and token.id in seq.eos_ids:
                     continue
                 if piece := text.finish() if token is None else text.push(token.id):
-                    yield _piece(r, piece)
+                    yield Piece(r, piece)
             results = [Result(r.prompt, r.number, "", r.generation.sequence) for r in running]
             self._check_deadline(results)
-            self._log_request(200, "", request_id, started, [r.sequence for r in results])
-            ended = [{"prompt": r.prompt, "sequence": r.number} | details(r, self.tokenizer) for r in results]
-            yield event("done", {"results": ended})
+            yield results
+        finally:
+            for r in running:
+                r.generation.cancel()
+
+    def _events(
+        self, request: GenerateRequest, running: list[Running], request_id: str, started: float
+    ) -> Iterator[str]:
+        """Yield the stream as server-sent events: `text` pieces, then `done` with the details, or `error`."""
+        stream = self.stream(request, running)
+        try:
+            for item in stream:
+                if item is None:
+                    yield KEEP_ALIVE
+                elif isinstance(item, Piece):
+                    place = {"prompt": item.running.prompt, "sequence": item.running.number}
+                    yield event("text", place | {"text": item.text})
+                else:
+                    self._log_request(200, "", request_id, started, [r.sequence for r in item])
+                    ended = [{"prompt": r.prompt, "sequence": r.number} | details(r, self.tokenizer) for r in item]
+                    yield event("done", {"results": ended})
         except ScoringError as exc:
             self._log_request(exc.status, exc.code, request_id, started, [])
             yield event("error", exc.as_json(request_id))
@@ -248,8 +278,7 @@ class Service:
             self._log_request(499, "client_gone", request_id, started, [r.generation.sequence for r in running])
             raise
         finally:
-            for r in running:
-                r.generation.cancel()
+            stream.close()
 
     def _log_request(self, status: int, code: str, request_id: str, started: float, sequences: list[Sequence]) -> None:
         seconds = time.monotonic() - started
@@ -265,7 +294,3 @@ class Service:
                 "first_token_ms": min(timings_ms(s).get("first_token", 0.0) for s in sequences),
             }
         log.info("request", extra={"numbers": numbers})
-
-
-def _piece(running: _Running, text: str) -> str:
-    return event("text", {"prompt": running.prompt, "sequence": running.number, "text": text})
