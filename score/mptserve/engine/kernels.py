@@ -61,7 +61,17 @@ def _first_key(n_keys, q_norm, own_score, kmax_bits, slope):
     """Return where the window of a query at position n_keys starts; scores and slope in base 2, q_norm scaled alike."""
     k_norm = tl.sqrt(kmax_bits.to(tl.float32, bitcast=True)) * 1.01  # what 8 bits may add to a norm
     reach = q_norm * k_norm - own_score + _NOTHING + tl.log2(n_keys.to(tl.float32) + 1)
-    return n_keys - tl.minimum(reach / slope, n_keys.to(tl.float32)).to(tl.int32)
+    keys = reach / slope
+    keys = tl.where(keys < n_keys, tl.maximum(keys, 0.0), n_keys)  # what is not a number too
+    return n_keys - keys.to(tl.int32)
+
+
+@triton.jit
+def _note_norm(kmax, k):
+    """Let the head's largest squared norm be at least k's; a key that is not a number must not widen every window."""
+    norm2 = tl.sum(k.to(tl.float32) * k.to(tl.float32), 0)
+    norm2 = tl.where(norm2 < float("inf"), norm2, 0.0)
+    tl.atomic_max(kmax, norm2.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -100,8 +110,7 @@ def _write_kv(
     source = kv + token.to(tl.int64) * kv_stride + head * D + d
     k = tl.load(source, mask=mask, other=0.0)
     v = tl.load(source + n_heads * D, mask=mask, other=0.0)
-    norm2 = tl.sum(k.to(tl.float32) * k.to(tl.float32), 0)
-    tl.atomic_max(kmax + head, norm2.to(tl.int32, bitcast=True))
+    _note_norm(kmax + head, k)
     _store_kv(k, v, cache, scales, place, half, d, mask, D, INT8)
 
 
@@ -167,8 +176,7 @@ def _decode_attention(
         block = tl.load(table + n_keys // _KV_BLOCK).to(tl.int64)
         place = (block * n_heads + head) * _KV_BLOCK + n_keys % _KV_BLOCK
         _store_kv(k_own, v_own, cache, scales, place, half, d, mask, D, INT8)
-        norm2 = tl.sum(k_own.to(tl.float32) * k_own.to(tl.float32), 0)
-        tl.atomic_max(kmax + head, norm2.to(tl.int32, bitcast=True))
+        _note_norm(kmax + head, k_own)
     best, total = tl.where(split == 0, own, -float("inf")), tl.where(split == 0, 1.0, 0.0)
     out = v_own.to(tl.float32)
 
@@ -746,9 +754,9 @@ def _sample(
             highest = tl.maximum(highest, top)
 
     tl.store(sampled + number * 2, token)
-    tl.store(sampled + number * 2 + 1, finite.to(tl.int32))
-    tl.store(integers, token.to(tl.int64))
-    moves = (lane < n_lanes - 1).to(tl.int64)  # the padding lane stays where it is
+    tl.store(sampled + number * 2 + 1, tl.where(finite, 1, 0))
+    tl.store(integers, token)
+    moves = tl.where(lane < n_lanes - 1, 1, 0)  # the padding lane stays where it is
     tl.store(integers + n_lanes, tl.load(integers + n_lanes) + moves)
     tl.store(integers + 2 * n_lanes, n_out + 1)
     if penalised:
