@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence
-from mptserve.engine.attention import Chunk, PagedAttention, SlotAttention
+from mptserve.engine.attention import Chunk, SlotAttention
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import parse_config
 from mptserve.engine.kv_cache import PagedCache, SlotCache
 from mptserve.engine.model import MPT
+from mptserve.engine.paged_attention import PagedAttention
 from mptserve.engine.runner import Runner
 from mptserve.engine.scheduler import Scheduler
 from mptserve.engine.weights import Placement, load_model

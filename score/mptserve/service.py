@@ -83,6 +83,7 @@ class Service:
         options = EngineOptions(
             settings.device,
             settings.dtype,
+            settings.kv_dtype,
             settings.max_seq_len,
             settings.kv_cache_gb,
             settings.max_rows,

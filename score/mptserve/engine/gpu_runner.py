@@ -26,7 +26,7 @@ from mptserve.engine.lanes import LaneState, new_lanes, set_lanes
 from mptserve.engine.model import MPT, alibi_slopes
 from mptserve.engine.runner import Launched
 from mptserve.engine.sampling import Sampled
-from mptserve.engine.sequence import Sequence, Token
+from mptserve.engine.sequence import SamplingParams, Sequence, Token
 
 log = logging.getLogger(__name__)
 
@@ -215,9 +215,16 @@ class GpuRunner:
         return sorted({*(b for b in sizes if b < self.max_rows), self.max_rows})
 
     def capture(self) -> None:
-        """Capture every graph, the largest first into one memory pool; takes seconds, and says how far it is."""
+        """Compile every kernel, then capture every graph, the largest first into one memory pool.
+
+        Takes seconds, and says how far it is. What it computes goes to block 0 and the last lane, which are nobody's.
+        """
         if self.device.type != "cuda":
             return
+        prompt = Sequence([0] * 64, SamplingParams(1), (0,), None, None, lambda _: None, None)
+        prompt.slot = self.max_rows
+        self._mixed_step([], [Chunk(prompt, 0, 64)])
+        self.lanes.integers.zero_()
         started = time.monotonic()
         wanted = list(self._wanted())
         pool = torch.cuda.graph_pool_handle()
