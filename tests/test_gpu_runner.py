@@ -55,7 +55,6 @@ def test_sequences_that_make_room_for_each_other_equal_undisturbed_ones(tiny: Ti
     engine = make_engine(tiny.model, kernels=True, max_rows=3, n_blocks=5, prefill_tokens=96)
     assert answers(engine, jobs) == want
     assert engine.stats().preemptions > 0
-    assert engine.stats().kv_blocks_free == 5
 
 
 def test_a_reused_prefix_gives_the_same_tokens(tiny: Tiny) -> None:

@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from mptserve.engine.attention import Chunk
 from mptserve.engine.config import MPTConfig
@@ -127,5 +126,7 @@ def folded_attention(q: Tensor, keys: Tensor, values: Tensor, slopes: Tensor, sc
     if n == n_keys:
         out = F.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale)
     else:
+        from torch.nn.attention.bias import causal_lower_right  # takes half a second, and servers on CPUs never need it
+
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=causal_lower_right(n, n_keys), scale=scale)
     return out[0].transpose(0, 1)[..., :head_dim]
