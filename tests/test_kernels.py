@@ -1,7 +1,12 @@
 """The Triton kernels, run by Triton's interpreter where there is no GPU, against float64 and against sampling.py."""
 
+import json
 import math
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,3 +285,31 @@ def test_the_padding_lane_stays_where_it_is() -> None:
     sampled = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
     kernels.sample_rows(torch.randn(3, 64, device=DEVICE), lanes, rows, torch.tensor([0], device=DEVICE), sampled)
     assert lanes.position.tolist() == [1, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "shared"), [(80, 166_912), (90, 232_448)], ids=["A100", "H100 and H200"])
+def test_kernels_compile_for_cards_that_are_not_here(capability: int, shared: int) -> None:
+    """Next to nothing spills, everything fits into shared memory, long reads are asynchronous, products use tensor cores."""
+    here = Path(__file__).parent
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
+        "PYTHONPATH": str(here.parent / "score")
+    }
+    command = [sys.executable, str(here / "compile_kernels.py"), str(capability)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environ)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout)
+    assert {f["kernel"] for f in found} == {
+        "_write_kv",
+        "_decode_attention",
+        "_combine",
+        "_prefill_attention",
+        "_linear",
+        "_sample",
+    }
+    for f in found:
+        assert f["spilled"] <= 64, f  # bytes; the 8-bit prefill kernel on an A100
+        assert f["shared"] <= shared, f
+        assert f["asynchronous copies"] == (f["kernel"] in ("_decode_attention", "_prefill_attention", "_linear")), f
+        many = f["constants"].get("ROWS") == 16 or f["kernel"] == "_prefill_attention"
+        assert f["tensor cores"] == many, f

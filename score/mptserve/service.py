@@ -80,17 +80,6 @@ class Service:
                 f"{config.vocab_size}: they do not belong together"
             )
         self.end_of_text = config.eos_token_ids[0]
-        options = EngineOptions(
-            settings.device,
-            settings.dtype,
-            settings.kv_dtype,
-            settings.max_seq_len,
-            settings.kv_cache_gb,
-            settings.max_rows,
-            settings.prefill_tokens,
-            settings.queue_limit,
-            settings.cpu_threads,
-        )
         start: Callable[..., Engine] = start_engine
         if settings.engine == "transformers":
             from mptserve.engine.reference import start_reference_engine as start
@@ -98,7 +87,7 @@ class Service:
             checkpoint.folder,
             config,
             self.tokenizer.n_tokens,
-            options,
+            engine_options(settings),
             on_finish=self.metrics.sequence,
             on_failure=on_failure,
         )
@@ -295,3 +284,18 @@ class Service:
                 "first_token_ms": min(timings_ms(s).get("first_token", 0.0) for s in sequences),
             }
         log.info("request", extra={"numbers": numbers})
+
+
+def engine_options(settings: Settings) -> EngineOptions:
+    """Return the settings that concern the engine."""
+    return EngineOptions(
+        settings.device,
+        settings.dtype,
+        settings.kv_dtype,
+        settings.max_seq_len,
+        settings.kv_cache_gb,
+        settings.max_rows,
+        settings.prefill_tokens,
+        settings.queue_limit,
+        settings.cpu_threads,
+    )
