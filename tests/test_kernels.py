@@ -290,7 +290,7 @@ def test_the_padding_lane_stays_where_it_is() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "shared"), [(80, 166_912), (90, 232_448)], ids=["A100", "H100 and H200"])
 def test_kernels_compile_for_cards_that_are_not_here(capability: int, shared: int) -> None:
-    """Next to nothing spills, everything fits into shared memory, long reads are asynchronous, products use tensor cores."""
+    """Next to nothing spills, all fits into shared memory, long reads are asynchronous, products use tensor cores."""
     here = Path(__file__).parent
     environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "PYTHONPATH": str(here.parent / "score")
