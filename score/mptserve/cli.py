@@ -1,4 +1,4 @@
-"""The `mptserve` command: serve a model on this machine through Azure's own server, or see it answer once."""
+"""The `mptserve` command: serve a model on this machine through Azure's own server, see it answer once, generate."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from mptserve import generate as generate_command
 from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
 
 SAMPLES = SCORE_DIR.parent / "samples"
@@ -22,17 +23,16 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="keep azmlinfsrv running on the model in AZUREML_MODEL_DIR")
     demo = commands.add_parser("demo", help="start it, post one request, print the answer, stop")
+    generate = commands.add_parser("generate", help="continue one prompt; print text, speed and memory")
     measure = commands.add_parser("bench", help="measure this machine with the model, and how far it is from its limit")
     measure.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
     measure.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     measure.add_argument("--new", type=int, default=32, help="tokens to generate for each")
     measure.add_argument("--rounds", type=int, default=3, help="medians are taken over this many")
+    model_dir = os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m")
     for command in (serve, demo, measure):
-        command.add_argument(
-            "--model-dir",
-            default=os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m"),
-            help="checkpoint folder",
-        )
+        command.add_argument("--model-dir", default=model_dir, help="checkpoint folder")
+    generate_command.add_arguments(generate, model_dir)
     for command in (serve, demo):
         command.add_argument("--port", type=int, default=5001)
         command.add_argument(
@@ -43,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         from mptserve import bench  # takes PyTorch, which the other commands leave to the server
 
         return bench.run(Path(args.model_dir), args.rows, args.prompt, args.new, args.rounds)
+    if args.command == "generate":
+        return generate_command.run(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind
     try:
         with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:

@@ -38,6 +38,12 @@ class Settings:
         "auto: bfloat16 where the hardware computes it, else float16 (GPU) or float32 (CPU)",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
+    quant: str = _setting(
+        "MPT_QUANT",
+        "auto",
+        "weights of the linear layers; auto: as the checkpoint stores them; int8, int4: quantised while loading",
+        choices=("auto", "int8", "int4"),
+    )
     kv_dtype: str = _setting(
         "MPT_KV_DTYPE",
         "auto",
