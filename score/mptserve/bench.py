@@ -18,7 +18,7 @@ from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.checkpoint import find_checkpoint
 from mptserve.engine.config import MPTConfig, read_config
 from mptserve.engine.start import EngineOptions, start_engine
-from mptserve.engine.weights import Placement, choose_placement
+from mptserve.engine.weights import Placement, choose_placement, chosen_quant
 from mptserve.log import set_up_logging
 from mptserve.service import engine_options
 from mptserve.settings import Settings, read_settings
@@ -48,12 +48,13 @@ def run(model_dir: Path, rows: list[int], n_prompt: int, n_new: int, rounds: int
     """Measure the checkpoint in model_dir with the settings of the environment; print a table and a JSON line."""
     set_up_logging("WARNING")
     settings = read_settings()
-    place = choose_placement(settings.device, settings.dtype, settings.kv_dtype)
     checkpoint = find_checkpoint(model_dir)
     config = read_config(checkpoint.folder)
+    quant = chosen_quant(settings.quant, config)
+    place = choose_placement(settings.device, settings.dtype, settings.kv_dtype, quant)
     started = time.monotonic()
     engine = start_engine(checkpoint.folder, config, config.vocab_size, _options(settings, max(rows)))
-    print(f"{config.n_parameters / 1e9:.3f} B parameters in {place.dtype} on {place.device}, ", end="")
+    print(f"{config.n_parameters / 1e9:.3f} B parameters in {place.quant or place.dtype} on {place.device}, ", end="")
     print(f"ready in {time.monotonic() - started:.1f} s", flush=True)
     found = ceilings(place)
     print(f"this machine reads {found.read_gbs:.0f} GB/s and multiplies {found.matmul_tflops:.2f} TFLOP/s\n")
@@ -123,7 +124,7 @@ def limit(
     """
     head = config.d_model * config.vocab_size
     layers = config.n_parameters - head
-    n_bytes = config.n_parameters * place.dtype.itemsize + n_kv * place.kv_bytes_per_token(config)
+    n_bytes = place.weight_bytes(config) + n_kv * place.kv_bytes_per_token(config)
     operations = 2.0 * layers * n_tokens + 2.0 * head * n_logits + 4.0 * config.n_layers * config.d_model * n_pairs
     return max(n_bytes / (found.read_gbs * 1e9), operations / (found.matmul_tflops * 1e12))
 

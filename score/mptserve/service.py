@@ -291,6 +291,7 @@ def engine_options(settings: Settings) -> EngineOptions:
     return EngineOptions(
         settings.device,
         settings.dtype,
+        settings.quant,
         settings.kv_dtype,
         settings.max_seq_len,
         settings.kv_cache_gb,

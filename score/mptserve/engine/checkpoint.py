@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mptserve.engine.config import MPTConfig
+from mptserve.engine.quantization import stored_shapes
 from mptserve.errors import BadWeights, ModelNotFound
 
 _DEPTH = 5
@@ -100,8 +101,10 @@ class WeightReader:
             for name, shape, handle in _open(path):
                 published = _modern_name(name) if config.model_type == "mosaic_gpt" else name
                 shapes[published], self._handles[published] = shape, (handle, name)
-        _compare(shapes, config.tensor_shapes(), folder)
-        self.names = list(config.tensor_shapes())
+        expected = stored_shapes(config)
+        _compare(shapes, expected, folder)
+        self.names = list(expected)
+        self.n_bytes = sum(path.stat().st_size for path in self.files)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU, mapped from the file where possible: no copy until it is used."""

@@ -13,10 +13,16 @@ from typing import Any
 
 from mptserve.errors import ModelNotFound, UnsupportedModel
 
+QUANT_METHOD = "mptserve"
+"""Our name in config.json's quantization_config."""
+
 
 @dataclass(frozen=True)
 class MPTConfig:
-    """What the forward pass needs to know. Field names are the checkpoint's own."""
+    """What the forward pass needs to know. Field names are the checkpoint's own.
+
+    quant: "int8" or "int4" when the checkpoint's linear layers are stored so (quantization.py), else None.
+    """
 
     d_model: int
     n_heads: int
@@ -35,6 +41,7 @@ class MPTConfig:
     eos_token_ids: tuple[int, ...] = (0,)
     model_type: str = "mpt"
     torch_dtype: str = "bfloat16"
+    quant: str | None = None
 
     @property
     def head_dim(self) -> int:
@@ -134,6 +141,7 @@ def parse_config(raw: dict[str, Any]) -> MPTConfig:
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
         eos_token_ids=_eos(raw.get("eos_token_id")),
         model_type=model_type,
+        quant=_quant(raw),
         torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16").removeprefix("torch."),
     )
 
@@ -178,6 +186,31 @@ def _refuse_unsupported(raw: dict[str, Any], attn: dict[str, Any]) -> None:
         if value not in allowed:
             wanted = " or ".join(repr(a) for a in allowed if a is not None) or "None"
             raise UnsupportedModel(f"config.json: {name} is {value!r}; this engine computes only {wanted}")
+
+
+def _quant(raw: dict[str, Any]) -> str | None:
+    """Return "int8" or "int4" for a checkpoint of `mptserve quantize`, None for a plain one."""
+    config = raw.get("quantization_config")
+    if config is None:
+        return None
+    method = config.get("quant_method") if isinstance(config, dict) else config
+    if method != QUANT_METHOD:
+        raise UnsupportedModel(
+            f"config.json: quantization_config.quant_method is {method!r}; this engine reads checkpoints of "
+            f"`mptserve quantize` ({QUANT_METHOD!r}) and plain ones"
+        )
+    for quant, expected in quantization_configs().items():
+        if config == expected:
+            return quant
+    raise UnsupportedModel(
+        f"config.json: quantization_config {config!r} is not one that this version of mptserve writes"
+    )
+
+
+def quantization_configs() -> dict[str, dict[str, Any]]:
+    """Return what `mptserve quantize` writes into config.json for each of its methods."""
+    common = {"quant_method": QUANT_METHOD, "version": 1}
+    return {"int8": common | {"bits": 8}, "int4": common | {"bits": 4, "group_size": 32}}
 
 
 def _int(raw: dict[str, Any], name: str) -> int:

@@ -35,6 +35,13 @@ class Linear(Protocol):
         ...
 
 
+@dataclass
+class StepRows:
+    """What a step's rows are. n_decodes: the first so many are decoding, the others are of prompts."""
+
+    n_decodes: int = 0
+
+
 class PlainLinear:
     """A linear layer by PyTorch's own matrix product, on any device."""
 
@@ -117,21 +124,30 @@ class Block:
 class MPT:
     """A loaded model; built by `weights.py`.
 
-    wte: [V, d] embedding.  head: the tied embedding as a linear layer, cut to the rows that have a token.
+    wte: [V, d] embedding, perhaps in fewer bits than the model's dtype.  head: the tied embedding as a linear layer,
+    cut to the rows that have a token.  rows: what the layers of the model may ask about the step that they are in.
     """
 
     def __init__(
-        self, config: MPTConfig, wte: Tensor, blocks: list[Block], norm_f: Norm, head: Linear, n_tokens: int
+        self,
+        config: MPTConfig,
+        wte: Tensor,
+        blocks: list[Block],
+        norm_f: Norm,
+        head: Linear,
+        n_tokens: int,
+        rows: StepRows | None = None,
     ) -> None:
         self.config, self.wte, self.blocks, self.norm_f, self.head = config, wte, blocks, norm_f, head
-        self.n_tokens = n_tokens
-        self.device, self.dtype = wte.device, wte.dtype
+        self.n_tokens, self.rows = n_tokens, rows or StepRows()
+        self.device, self.dtype = wte.device, norm_f.weight.dtype
 
-    def hidden(self, token_ids: Tensor, attend: Attend) -> Tensor:
-        """Return the last layer's normed output, [N, d], for token_ids [N]."""
+    def hidden(self, token_ids: Tensor, attend: Attend, n_decodes: int = 0) -> Tensor:
+        """Return the last layer's normed output, [N, d], for token_ids [N], of which the first n_decodes decode."""
+        self.rows.n_decodes = n_decodes
         config = self.config
         n, heads, head_dim = len(token_ids), config.n_heads, config.head_dim
-        x = F.embedding(token_ids, self.wte)
+        x = F.embedding(token_ids, self.wte).to(self.dtype)
         for i, block in enumerate(self.blocks):
             qkv = block.Wqkv(x, block.norm_1)
             if config.clip_qkv is not None:

@@ -64,6 +64,7 @@ def measure_thread_speed(model: MPT) -> ThreadSpeed:
 
     def seconds(n_tokens: int) -> float:
         x = torch.zeros(n_tokens, model.config.d_model, dtype=model.dtype)
+        model.rows.n_decodes = n_tokens if n_tokens == few else 0
         started = time.perf_counter()
         for layer in layers:
             layer(x)
@@ -105,7 +106,7 @@ class Runner:
         if self.model.device.type == "cpu":
             torch.set_num_threads(self._threads(len(ids)))
         plan = self.attention.plan(decodes, chunks)
-        hidden = self.model.hidden(self._ids(ids), plan)
+        hidden = self.model.hidden(self._ids(ids), plan, n_decodes=len(decodes) if chunks else max(len(decodes), 2))
         if not ready:
             return Launched([], lambda: Sampled([], []))
         last = hidden[self._ids([i for i, _ in ready])]

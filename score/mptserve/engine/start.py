@@ -20,7 +20,7 @@ from mptserve.engine.paged_attention import PagedAttention
 from mptserve.engine.runner import Runner, StepRunner, ThreadSpeed, measure_thread_speed
 from mptserve.engine.scheduler import Cache, Scheduler
 from mptserve.engine.sequence import BLOCK, Sequence
-from mptserve.engine.weights import Placement, check_fit, choose_placement, load_model
+from mptserve.engine.weights import Placement, check_fit, choose_placement, chosen_quant, load_model
 from mptserve.errors import DoesNotFit
 
 log = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ class EngineOptions:
 
     device: str = "auto"
     dtype: str = "auto"
+    quant: str = "auto"
     kv_dtype: str = "auto"
     max_seq_len: int = 0
     kv_cache_gb: float = 0.0
@@ -52,7 +53,7 @@ def start_engine(
 ) -> MPTEngine:
     """Return a running, warmed-up engine for the checkpoint in `folder`; raises StartupError's children."""
     started = time.monotonic()
-    place = choose_placement(options.device, options.dtype, options.kv_dtype)
+    place = choose_placement(options.device, options.dtype, options.kv_dtype, chosen_quant(options.quant, config))
     max_seq_len = options.max_seq_len or config.max_seq_len
     reader = WeightReader(folder, config)
     check_fit(config, place, max_seq_len)
@@ -78,6 +79,7 @@ def start_engine(
             "numbers": {
                 "device": str(place.device),
                 "dtype": str(place.dtype),
+                "quant": place.quant or "none",
                 "parameters": config.n_parameters,
                 "max_tokens": engine.max_tokens,
                 "kv_blocks": engine.scheduler.cache.n_blocks,

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from mptserve.engine.capability import why_no_kernels
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import MPTConfig
 from mptserve.engine.memory import available_bytes
-from mptserve.engine.model import MPT, Block, Linear, Norm, PackedLinear, PlainLinear, can_pack
+from mptserve.engine.model import MPT, Block, Linear, Norm, PackedLinear, PlainLinear, StepRows, can_pack
+from mptserve.engine.quantization import Quantized, check_quantizable, is_quantized, quantize, weight_bytes
+from mptserve.engine.quantized import Int4Linear, Int8Linear, require_cpu_support
 from mptserve.errors import BadSetting, DoesNotFit
 
 log = logging.getLogger(__name__)
@@ -26,12 +29,17 @@ MIN_KV_TOKENS = 2048
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs. kv_dtype: of the keys and values, float32 on a CPU (see kv_cache.py), the model's own or
-    int8 on a GPU.  kernels: whether our Triton kernels run there."""
+    int8 on a GPU.  kernels: whether our Triton kernels run there.  quant: None, or how linear weights are held."""
 
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype = torch.float32
     kernels: bool = False
+    quant: str | None = None
+
+    def weight_bytes(self, config: MPTConfig) -> int:
+        """Return the bytes that the loaded weights take, which is also about what a decode step reads."""
+        return weight_bytes(config, self.quant, self.dtype.itemsize)
 
     def kv_bytes_per_token(self, config: MPTConfig) -> int:
         """Return the bytes that one token's keys and values take over all layers, 8-bit ones with their scales."""
@@ -39,7 +47,16 @@ class Placement:
         return config.kv_bytes_per_token(self.kv_dtype.itemsize) + scales
 
 
-def choose_placement(device: str, dtype: str, kv_dtype: str = "auto") -> Placement:
+def chosen_quant(setting: str, config: MPTConfig) -> str | None:
+    """Return "int8", "int4" or None for the setting MPT_QUANT; raises BadSetting against what the checkpoint holds."""
+    quant = config.quant if setting == "auto" else setting
+    if config.quant not in (None, quant):
+        raise BadSetting(f"MPT_QUANT is {setting}, but the checkpoint holds {config.quant} weights; leave it at auto")
+    check_quantizable(config, quant)
+    return quant
+
+
+def choose_placement(device: str, dtype: str, kv_dtype: str = "auto", quant: str | None = None) -> Placement:
     """Return device and dtype for the settings' words; raises BadSetting when the hardware lacks what they ask for."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,11 +71,13 @@ def choose_placement(device: str, dtype: str, kv_dtype: str = "auto") -> Placeme
     if kv_dtype == "int8" and where.type == "cpu":
         raise BadSetting("MPT_KV_DTYPE int8 is for GPUs; a CPU reads float32 keys and values faster")
     if where.type == "cpu":
-        return Placement(where, chosen)
+        if quant is not None:
+            require_cpu_support(quant)
+        return Placement(where, chosen, quant=quant)
     missing = why_no_kernels(where)
     if missing:
         log.warning("no Triton kernels, plain PyTorch instead, which is much slower: %s", missing)
-    return Placement(where, chosen, torch.int8 if kv_dtype == "int8" else chosen, kernels=not missing)
+    return Placement(where, chosen, torch.int8 if kv_dtype == "int8" else chosen, kernels=not missing, quant=quant)
 
 
 def _best_dtype(device: torch.device) -> str:
@@ -71,7 +90,7 @@ def _best_dtype(device: torch.device) -> str:
 
 def check_fit(config: MPTConfig, place: Placement, max_seq_len: int) -> None:
     """Raise DoesNotFit, with the numbers, unless weights and a minimum of KV cache fit in free memory."""
-    weights = config.n_parameters * place.dtype.itemsize
+    weights = place.weight_bytes(config)
     tokens = min(MIN_KV_TOKENS, max_seq_len)
     kv = tokens * place.kv_bytes_per_token(config)
     free = available_bytes(place.device)
@@ -81,8 +100,9 @@ def check_fit(config: MPTConfig, place: Placement, max_seq_len: int) -> None:
     )
     if weights + kv > free:
         raise DoesNotFit(
-            f"{config.n_parameters / 1e9:.2f} B parameters in {place.dtype} take {weights / 1e9:.1f} GB and the keys "
-            f"and values of {tokens} tokens {kv / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on {place.device}"
+            f"{config.n_parameters / 1e9:.2f} B parameters in {place.quant or place.dtype} take {weights / 1e9:.1f} GB "
+            f"and the keys and values of {tokens} tokens {kv / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on "
+            f"{place.device}"
         )
 
 
@@ -93,16 +113,30 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
     On a CPU tensors go one by one from the file to their place, so the peak is the model and one tensor; a GPU gets
     them from several readers at once.
     """
-    make = _linear_maker(place)
-    progress = _Progress(config.n_parameters * place.dtype.itemsize)
-    on_gpu = _load_to_gpu(reader, place, progress) if place.device.type == "cuda" else {}
+    make, rows = _linear_maker(place), StepRows()
+    make_quantized = _quantized_maker(place, rows)
+    progress = _Progress(reader.n_bytes)
+    on_gpu: dict[str, Tensor] = {}
+    codes_on_gpu: dict[str, Quantized] = {}
 
-    def tensor(name: str) -> Tensor:
-        if name in on_gpu:
-            return on_gpu.pop(name)
-        t = reader.read(name).to(dtype=place.dtype)
-        progress.add(t.numel() * t.itemsize)
-        return t
+    def arrived(name: str, stored: Tensor) -> None:
+        """Keep a tensor that has come to the GPU, in no more bits than it will need there."""
+        if name not in config.tensor_shapes() or not stored.is_floating_point():
+            on_gpu[name] = stored  # codes and their scales
+        elif place.quant is not None and is_quantized(name):
+            codes_on_gpu[name] = quantize(stored, place.quant)
+        else:
+            on_gpu[name] = stored.to(place.dtype)
+
+    if place.device.type == "cuda":
+        _load_to_gpu(reader, place, progress, arrived)
+
+    def tensor(name: str, dtype: torch.dtype | None = place.dtype) -> Tensor:
+        """Return a tensor on the device; dtype None leaves it as it is stored."""
+        found = on_gpu.pop(name) if name in on_gpu else reader.read(name)
+        if place.device.type == "cpu":
+            progress.add(found.nbytes)
+        return found if dtype is None else found.to(dtype)
 
     def bias(name: str) -> Tensor | None:
         return None if config.no_bias else tensor(f"{name}.bias")
@@ -111,7 +145,21 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
         return Norm(tensor(f"{name}.weight"), bias(name), config.layer_norm_epsilon)
 
     def linear(name: str) -> Linear:
-        return make(tensor(f"{name}.weight"), bias(name))
+        if place.quant is None:
+            return make(tensor(f"{name}.weight"), bias(name))
+        return make_quantized(weight_codes(f"{name}.weight"), bias(name))
+
+    def weight_codes(name: str) -> Quantized:
+        if name in codes_on_gpu:
+            return codes_on_gpu.pop(name)
+        if config.quant is None:
+            assert place.quant is not None
+            return quantize(tensor(name, None), place.quant)
+        parts = (name, f"{name}_scale", f"{name}_zero")
+        return Quantized(*(tensor(part, None) for part in parts if part in reader.names))
+
+    def head_linear(weight: Tensor) -> Linear:
+        return make(weight, None) if place.quant is None else make_quantized(quantize(weight, "int8"), None)
 
     def block(i: int) -> Block:
         at = f"transformer.blocks.{i}"
@@ -127,11 +175,12 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
         )
 
     with torch.inference_mode():
-        wte = tensor("transformer.wte.weight")
+        on_cpu = place.device.type == "cpu"
+        wte = tensor("transformer.wte.weight", torch.bfloat16 if place.quant and on_cpu else place.dtype)
         blocks = [block(i) for i in range(config.n_layers)]
         n_tokens = min(n_tokens, config.vocab_size)
         head = wte if config.tie_word_embeddings else tensor("lm_head.weight")
-        model = MPT(config, wte, blocks, norm("transformer.norm_f"), make(head[:n_tokens], None), n_tokens)
+        model = MPT(config, wte, blocks, norm("transformer.norm_f"), head_linear(head[:n_tokens]), n_tokens, rows)
     progress.done()
     return model
 
@@ -144,18 +193,32 @@ def _linear_maker(place: Placement) -> Callable[[Tensor, Tensor | None], Linear]
     return PackedLinear if place.device.type == "cpu" and can_pack(place.dtype) else PlainLinear
 
 
+def _quantized_maker(place: Placement, rows: StepRows) -> Callable[[Quantized, Tensor | None], Linear]:
+    """Return what makes a layer of codes. The output head's are 8-bit in either method."""
+    if place.device.type != "cpu":
+        from mptserve.engine.gpu_linear import QuantizedLinear  # may need Triton
+
+        return partial(QuantizedLinear, dtype=place.dtype, kernels=place.kernels)
+
+    def make(weight: Quantized, bias: Tensor | None) -> Linear:
+        return Int8Linear(weight, bias) if weight.zero is None else Int4Linear(weight, bias, rows)
+
+    return make
+
+
 _READERS = 8
 """Threads that read weights: one alone copies from the page cache slower than the bus carries on."""
 
 
-def _load_to_gpu(reader: WeightReader, place: Placement, progress: "_Progress") -> dict[str, Tensor]:
-    """Return every tensor on the GPU. Threads read them into pinned memory, a few ahead of the copies to the GPU."""
+def _load_to_gpu(
+    reader: WeightReader, place: Placement, progress: "_Progress", arrived: Callable[[str, Tensor], None]
+) -> None:
+    """Bring every tensor to the GPU. Threads read them into pinned memory, a few ahead of the copies to the GPU."""
 
     def pinned(name: str) -> Tensor:
         return reader.read(name).contiguous().pin_memory()
 
     names = deque(reader.names)
-    found: dict[str, Tensor] = {}
     with ThreadPoolExecutor(_READERS) as readers:
         ahead: deque[tuple[str, Future[Tensor]]] = deque()
         while names or ahead:
@@ -164,10 +227,9 @@ def _load_to_gpu(reader: WeightReader, place: Placement, progress: "_Progress") 
                 ahead.append((name, readers.submit(pinned, name)))
             name, read = ahead.popleft()
             tensor = read.result().to(place.device, non_blocking=True)  # PyTorch keeps pinned memory until it is copied
-            found[name] = tensor.to(place.dtype)
+            arrived(name, tensor)
             progress.add(tensor.numel() * tensor.itemsize)
     torch.cuda.synchronize(place.device)
-    return found
 
 
 class _Progress:
@@ -184,6 +246,7 @@ class _Progress:
             self._log("loading weights")
 
     def done(self) -> None:
+        self.total = max(self.read, 1)  # files hold headers too, perhaps a head that is tied
         self._log("weights loaded")
 
     def _log(self, message: str) -> None:
