@@ -113,12 +113,12 @@ def test_a_row_has_the_same_bits_in_every_company(method: str, decoding: bool) -
 def test_a_mixed_step_gives_each_kind_of_row_its_way() -> None:
     codes, rows = quantize(weight(128, 64), "int4"), StepRows()
     linear, x = Int4Linear(codes, None, rows), torch.randn(7, 64)
-    rows.n_decodes = 7
+    rows.n_direct = 7
     decoded = linear(x)
-    rows.n_decodes = 0
+    rows.n_direct = 0
     prompted = linear(x)
     assert not torch.equal(decoded, prompted)
-    rows.n_decodes = 3
+    rows.n_direct = 3
     assert torch.equal(linear(x), torch.cat((decoded[:3], prompted[3:])))
 
 

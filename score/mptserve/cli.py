@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from mptserve import generate as generate_command
+from mptserve import quantize as quantize_command
 from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
 
 SAMPLES = SCORE_DIR.parent / "samples"
@@ -24,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     serve = commands.add_parser("serve", help="keep azmlinfsrv running on the model in AZUREML_MODEL_DIR")
     demo = commands.add_parser("demo", help="start it, post one request, print the answer, stop")
     generate = commands.add_parser("generate", help="continue one prompt; print text, speed and memory")
+    quantize = commands.add_parser("quantize", help="write a checkpoint with 8-bit or 4-bit weights")
+    quantize_command.add_arguments(quantize)
     measure = commands.add_parser("bench", help="measure this machine with the model, and how far it is from its limit")
     measure.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
     measure.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
@@ -43,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         from mptserve import bench  # takes PyTorch, which the other commands leave to the server
 
         return bench.run(Path(args.model_dir), args.rows, args.prompt, args.new, args.rounds)
+    if args.command == "quantize":
+        return quantize_command.run(args)
     if args.command == "generate":
         return generate_command.run(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind

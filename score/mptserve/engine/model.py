@@ -37,9 +37,9 @@ class Linear(Protocol):
 
 @dataclass
 class StepRows:
-    """What a step's rows are. n_decodes: the first so many are decoding, the others are of prompts."""
+    """What a step's rows are. n_direct: the first so many are decoding or of short prompts, the others of long ones."""
 
-    n_decodes: int = 0
+    n_direct: int = 0
 
 
 class PlainLinear:
@@ -142,9 +142,9 @@ class MPT:
         self.n_tokens, self.rows = n_tokens, rows or StepRows()
         self.device, self.dtype = wte.device, norm_f.weight.dtype
 
-    def hidden(self, token_ids: Tensor, attend: Attend, n_decodes: int = 0) -> Tensor:
-        """Return the last layer's normed output, [N, d], for token_ids [N], of which the first n_decodes decode."""
-        self.rows.n_decodes = n_decodes
+    def hidden(self, token_ids: Tensor, attend: Attend, n_direct: int = 0) -> Tensor:
+        """Return the last layer's normed output, [N, d], for token_ids [N]; n_direct: see StepRows."""
+        self.rows.n_direct = n_direct
         config = self.config
         n, heads, head_dim = len(token_ids), config.n_heads, config.head_dim
         x = F.embedding(token_ids, self.wte).to(self.dtype)

@@ -2,7 +2,7 @@
 
 Both give a row the same bits whatever is computed beside it. The 8-bit product is exact in integers, so it does by
 nature. 4-bit weights have two ways of different rounding: which one a row takes depends on what the row is (a decoding
-row, or one of a prompt), never on how many rows there are.
+row or of a short prompt, or one of a long prompt), never on how many rows there are.
 """
 
 from functools import cache
@@ -23,9 +23,10 @@ def why_not_on_cpu(method: str) -> str:
     try:
         if method == "int4" and not _block_width():
             return "its 4-bit layout is not known for this processor"
-        one = Int8Linear(Quantized(torch.ones(8, 32, dtype=torch.int8), torch.ones(8)))(torch.ones(2, 32))
-        if (one - 32).abs().max() > 0.01:
-            return "its 8-bit product computed nonsense"
+        most = torch.full((64, 64), 127, dtype=torch.int8)  # where sums would overflow, if any did
+        product = Int8Linear(Quantized(most, torch.ones(64)))(torch.ones(2, 64))
+        if (product / (64 * 127) - 1).abs().max() > 1e-5 or (torch._int_mm(most, most.T) != 64 * 127**2).any():
+            return "its 8-bit product overflows"
     except (RuntimeError, AttributeError, NotImplementedError) as exc:
         return f"{type(exc).__name__}: {str(exc).strip().splitlines()[0]}"
     return ""
@@ -74,28 +75,33 @@ class Int8Linear(_Layer):
         self._zeros = torch.zeros(len(weight.scale), dtype=torch.int32)
 
     def product(self, x: Tensor) -> Tensor:
-        return _w8a8(x, self._weight, self._scale, self._zeros)
+        levels = _levels()
+        row = _row_scales(x, levels)
+        codes = (x / row).round_().add_(levels + 1).to(torch.uint8)
+        # Its own "gelu" would act before the row's scale, so no epilogue is left to the product.
+        y: Tensor = _ONEDNN.qlinear_pointwise(
+            codes, 1.0, levels + 1, self._weight, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return y.mul_(row)
 
 
-def _w8a8(x: Tensor, packed: Tensor, scale: Tensor, zeros: Tensor) -> Tensor:
-    levels = _levels()
-    row = x.abs().amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny * 256).div_(levels)
-    codes = (x / row).round_().add_(levels + 1).to(torch.uint8)
-    # Its own "gelu" would act before the row's scale, so no epilogue is left to the product.
-    y: Tensor = _ONEDNN.qlinear_pointwise(
-        codes, 1.0, levels + 1, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-    return y.mul_(row)
+_TINY = 256 * torch.finfo(torch.float32).tiny
+"""Stands in for zero where something is divided by the largest of its values."""
+
+
+def _row_scales(x: Tensor, levels: int) -> Tensor:
+    """Return the scale of each row, [N, 1], at which its largest value is `levels`."""
+    return x.abs().amax(-1, keepdim=True).clamp_min_(_TINY).div_(levels)
 
 
 class Int4Linear(_Layer):
     """Groups of 32 weights with a scale and a zero each.
 
-    Decoding rows go through PyTorch's own 4-bit kernel, which reads packed weights and computes in bfloat16 with
-    float32 sums; its time grows with every row. The rows of prompts get the weights as 8 bits, made anew for the step
-    one layer at a time, and W8A8: against the 4-bit rounding what that adds is small.
+    Decoding rows and short prompts go through PyTorch's own 4-bit kernel, which reads packed weights and computes in
+    bfloat16 with float32 sums; its time grows with every row. The rows of long prompts get the weights as 8 bits, made
+    anew for the step one layer at a time, and W8A8: against the 4-bit rounding what that adds is small.
 
-    rows: tells how many of a step's rows, the first ones, are decoding.
+    rows: tells which of a step's rows are which.
     """
 
     def __init__(self, weight: Quantized, bias: Tensor | None, rows: StepRows) -> None:
@@ -111,42 +117,44 @@ class Int4Linear(_Layer):
         # Per output, the scale at which the largest value that its codes can stand for becomes 127.
         scale, zero = weight.scale.float(), weight.zero.float()
         largest = torch.maximum((zero - 8 * scale).abs(), (zero + 7 * scale).abs()).amax(1)
-        self._scale8 = largest.clamp_min(torch.finfo(torch.float32).tiny * 256) / 127
-        self._zeros = torch.zeros(self.n_out, dtype=torch.int32)
+        self._scale8 = largest.clamp_min(_TINY) / 127
 
     def product(self, x: Tensor) -> Tensor:
-        n = min(self.rows.n_decodes, len(x))
-        found = [self._decode(x[:n])] if n else []
+        n = min(self.rows.n_direct, len(x))
+        found = [self._direct(x[:n])] if n else []
         if n < len(x):
-            found.append(self._prompt(x[n:]))
+            found.append(self._unpacked(x[n:]))
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _decode(self, x: Tensor) -> Tensor:
+    def _direct(self, x: Tensor) -> Tensor:
         y: Tensor = _ATEN._weight_int4pack_mm_for_cpu(x.to(torch.bfloat16), self._packed, GROUP, self._scales)
         return y[:, : self.n_out].float()
 
-    def _prompt(self, x: Tensor) -> Tensor:
-        return _w8a8(x, _ONEDNN.qlinear_prepack(self._as_int8(), None), self._scale8, self._zeros)
+    def _unpacked(self, x: Tensor) -> Tensor:
+        """Return the product with weights that are used once: laying them out for oneDNN would take longer than it."""
+        row = _row_scales(x, 127)
+        sums = torch._int_mm((x / row).round_().to(torch.int8), self._as_int8())  # exact, in 32-bit integers
+        return sums.float().mul_(row).mul_(self._scale8)
 
     def _as_int8(self) -> Tensor:
-        """Return the weights as int8 [n_out, n_in] at the scale `_scale8`.
+        """Return the weights, transposed, as int8 [n_in, n_out] at the scale `_scale8`.
 
         In 16-bit integers with 7 bits after the point, which is several times faster than in floats:
         (code * step + start) >> 7, where 15 * step stays below 2 * 127 * 128.
         """
-        width = _block_width()
-        scale8 = F.pad(self._scale8, (0, -self.n_out % 64), value=1.0)
+        width, fill = _block_width(), -self.n_out % 64
+        scale8 = F.pad(self._scale8, (0, fill), value=1.0)
         scales, zeros = self._scales.float().unbind(-1)  # [groups, n_out]
         step = (scales * (128 / scale8)).round().to(torch.int16)
         start = ((zeros - 8 * scales) * (128 / scale8) + 64).round().to(torch.int16)
         packed = self._packed.view(-1, self.n_in // GROUP, GROUP, width // 2)
         step, start = (t.view(len(t), -1, 1, width).transpose(0, 1) for t in (step, start))
-        out = torch.empty(len(packed), width, self.n_in, dtype=torch.int8)
+        out = torch.empty(self.n_in, self.n_out + fill, dtype=torch.int8)
         for i, block in enumerate(packed):
             codes = torch.cat((block & 15, block >> 4), -1).to(torch.int16)
             codes.mul_(step[i]).add_(start[i]).bitwise_right_shift_(7)
-            out[i].copy_(codes.view(self.n_in, width).T)
-        return out.view(-1, self.n_in)[: self.n_out]
+            out[:, i * width : (i + 1) * width] = codes.view(self.n_in, width)
+        return out[:, : self.n_out]
 
 
 @cache

@@ -19,8 +19,16 @@ from mptserve.engine.memory import available_cores
 from mptserve.engine.sampling import sample
 from mptserve.engine.sequence import Sequence
 from mptserve.engine.start import EngineOptions
-from mptserve.engine.weights import choose_placement
-from mptserve.errors import ContextTooLong, GenerationFailed, QueueFull, ScoringError, Unavailable, UnsupportedModel
+from mptserve.engine.weights import choose_placement, chosen_quant
+from mptserve.errors import (
+    BadSetting,
+    ContextTooLong,
+    GenerationFailed,
+    QueueFull,
+    ScoringError,
+    Unavailable,
+    UnsupportedModel,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +50,8 @@ def start_reference_engine(
 
     refuse_what_it_gets_wrong(config)
     place = choose_placement(options.device, options.dtype)
+    if chosen_quant(options.quant, config) is not None:
+        raise BadSetting("MPT_ENGINE transformers computes with plain weights only; leave MPT_QUANT at auto")
     if place.device.type == "cpu":
         torch.set_num_threads(options.cpu_threads or available_cores())
     max_tokens = options.max_seq_len or config.max_seq_len

@@ -12,7 +12,7 @@ from torch import Tensor
 from mptserve.engine.attention import Chunk
 from mptserve.engine.model import MPT
 from mptserve.engine.sampling import Sampled, sample
-from mptserve.engine.sequence import Sequence
+from mptserve.engine.sequence import BLOCK, Sequence
 
 Plan = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -64,7 +64,7 @@ def measure_thread_speed(model: MPT) -> ThreadSpeed:
 
     def seconds(n_tokens: int) -> float:
         x = torch.zeros(n_tokens, model.config.d_model, dtype=model.dtype)
-        model.rows.n_decodes = n_tokens if n_tokens == few else 0
+        model.rows.n_direct = n_tokens if n_tokens == few else 0
         started = time.perf_counter()
         for layer in layers:
             layer(x)
@@ -75,6 +75,15 @@ def measure_thread_speed(model: MPT) -> ThreadSpeed:
         read=min(seconds(few) for _ in range(3)) / weights,
         multiply=min(seconds(many) for _ in range(2)) / many / weights,
     )
+
+
+def _is_long(chunk: Chunk) -> bool:
+    """Whether a prompt's rows are worth weights unpacked for them (quantized.py).
+
+    A prompt of less than a block neither shares its keys and values nor takes another's, so all that it depends on
+    has been computed in the same way as itself, whoever else was there.
+    """
+    return chunk.seq.n_prompt >= BLOCK
 
 
 class Runner:
@@ -97,6 +106,7 @@ class Runner:
         can be tried again.
         """
         decodes = sorted(decodes, key=lambda s: s.slot)
+        chunks = sorted(chunks, key=_is_long)
         ids = [s.token(s.n_computed) for s in decodes]
         ready = [(i, s) for i, s in enumerate(decodes) if s.n_computed + 1 == s.n_tokens]
         for chunk in chunks:
@@ -106,13 +116,18 @@ class Runner:
         if self.model.device.type == "cpu":
             torch.set_num_threads(self._threads(len(ids)))
         plan = self.attention.plan(decodes, chunks)
-        hidden = self.model.hidden(self._ids(ids), plan, n_decodes=len(decodes) if chunks else max(len(decodes), 2))
+        hidden = self.model.hidden(self._ids(ids), plan, self._n_direct(len(decodes), chunks))
         if not ready:
             return Launched([], lambda: Sampled([], []))
         last = hidden[self._ids([i for i, _ in ready])]
         rows = [seq for _, seq in ready]
         sampled = sample(self.model.logits(last)[: len(rows)], rows, self.eos_ids)
         return Launched(rows, lambda: sampled)
+
+    def _n_direct(self, n_decodes: int, chunks: Seq[Chunk]) -> int:
+        """Return how many rows, from the first, are computed as decoding ones; the lone row's copy is one too."""
+        n = n_decodes + sum(c.n for c in chunks if not _is_long(c))
+        return 2 if n == 1 and not any(map(_is_long, chunks)) else n
 
     def _threads(self, n_tokens: int) -> int:
         """Return how many threads this step is worth.

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,6 +74,8 @@ def choose_placement(device: str, dtype: str, kv_dtype: str = "auto", quant: str
             require_cpu_support(quant)
         return Placement(where, chosen, quant=quant)
     missing = why_no_kernels(where)
+    if missing and quant is not None:
+        raise BadSetting(f"MPT_QUANT {quant} needs the Triton kernels, which do not run on this GPU: {missing}")
     if missing:
         log.warning("no Triton kernels, plain PyTorch instead, which is much slower: %s", missing)
     return Placement(where, chosen, torch.int8 if kv_dtype == "int8" else chosen, kernels=not missing, quant=quant)
@@ -196,9 +197,9 @@ def _linear_maker(place: Placement) -> Callable[[Tensor, Tensor | None], Linear]
 def _quantized_maker(place: Placement, rows: StepRows) -> Callable[[Quantized, Tensor | None], Linear]:
     """Return what makes a layer of codes. The output head's are 8-bit in either method."""
     if place.device.type != "cpu":
-        from mptserve.engine.gpu_linear import QuantizedLinear  # may need Triton
+        from mptserve.engine.gpu_linear import QuantizedLinear  # needs Triton
 
-        return partial(QuantizedLinear, dtype=place.dtype, kernels=place.kernels)
+        return QuantizedLinear
 
     def make(weight: Quantized, bias: Tensor | None) -> Linear:
         return Int8Linear(weight, bias) if weight.zero is None else Int4Linear(weight, bias, rows)

@@ -1,0 +1,137 @@
+"""What 8-bit and 4-bit weights cost in quality: logit error, KL divergence and perplexity beside the float32 model.
+
+python benchmarks/quality.py [--model DIR] [--text FILE] [--tokens N]
+
+Text is read in windows of the model's context (at most 512 tokens), every token predicted from those before it in its
+window. Without --text the float32 model writes some at temperature 1: it knows no text better, so that any error shows.
+Also a random layer as wide as MPT-7B's: the error of one matrix product.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mptserve.engine import Job, SamplingParams
+from mptserve.engine.attention import Chunk, SlotAttention
+from mptserve.engine.checkpoint import WeightReader, find_checkpoint
+from mptserve.engine.config import MPTConfig, read_config
+from mptserve.engine.kv_cache import SlotCache
+from mptserve.engine.model import MPT, StepRows
+from mptserve.engine.quantization import quantize
+from mptserve.engine.quantized import Int4Linear, Int8Linear
+from mptserve.engine.sequence import Sequence
+from mptserve.engine.start import EngineOptions, start_engine
+from mptserve.engine.weights import Placement, load_model
+from mptserve.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+WAYS: dict[str, tuple[torch.dtype, str | None, bool]] = {
+    "bfloat16": (torch.bfloat16, None, False),
+    "int8": (torch.float32, "int8", False),
+    "int4, long prompts": (torch.float32, "int4", False),
+    "int4, decoding": (torch.float32, "int4", True),
+}
+"""name -> dtype, MPT_QUANT, whether rows are computed as decoding ones"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path(__file__).parent.parent / "samples" / "mpt-8m")
+    parser.add_argument("--text", type=Path, help="UTF-8 text; without it the model writes some")
+    parser.add_argument("--tokens", type=int, default=4096, help="how much of it")
+    args = parser.parse_args()
+    checkpoint = find_checkpoint(args.model)
+    config, tokenizer = read_config(checkpoint.folder), Tokenizer(checkpoint.tokenizer)
+    width = min(512, config.max_seq_len)
+    ids = (
+        tokenizer.encode(args.text.read_text(encoding="utf-8"))
+        if args.text
+        else own_text(checkpoint.folder, config, tokenizer, args.tokens, width)
+    )
+    windows = [ids[i : i + width] for i in range(0, min(len(ids), args.tokens) - 1, width)]
+    exact = logits_of(load(checkpoint.folder, config, tokenizer, torch.float32, None), windows, False)
+    print(f"{sum(len(w) - 1 for w in windows)} predictions; perplexity in float32: {perplexity(exact, windows):.3f}\n")
+    print(
+        "| weights | logit error | KL, nats | same first token | perplexity | change |\n|---|---:|---:|---:|---:|---:|"
+    )
+    for name, (dtype, quant, direct) in WAYS.items():
+        found = logits_of(load(checkpoint.folder, config, tokenizer, dtype, quant), windows, direct)
+        print_row(name, exact, found, windows)
+    layer_errors()
+
+
+def load(folder: Path, config: MPTConfig, tokenizer: Tokenizer, dtype: torch.dtype, quant: str | None) -> MPT:
+    place = Placement(CPU, dtype, quant=quant)
+    return load_model(WeightReader(folder, config), config, place, tokenizer.n_tokens)
+
+
+def own_text(folder: Path, config: MPTConfig, tokenizer: Tokenizer, n_tokens: int, width: int) -> list[int]:
+    """Return texts that the model writes in float32 after a story's usual first words, one per window."""
+    options = EngineOptions(device="cpu", dtype="float32", max_rows=8, kv_cache_gb=0.5)
+    engine = start_engine(folder, config, tokenizer.n_tokens, options)
+    start = tokenizer.encode("Once upon a time")
+    params = [
+        SamplingParams(max_new_tokens=width - len(start), temperature=1.0, seed=i, ignore_eos=True)
+        for i in range(math.ceil(n_tokens / width))
+    ]
+    running = engine.submit_all(Job(start, p) for p in params)
+    ids = [i for g in running for i in (*start, *(t.id for t in g.result().out))]
+    engine.close()
+    return ids
+
+
+def logits_of(model: MPT, windows: list[list[int]], direct: bool) -> list[Tensor]:
+    """Return float32 logits [T - 1, V] of each window: those that predict its second and later tokens."""
+    found = []
+    for ids in windows:
+        cache = SlotCache(model.config, 64, 2, 2048)
+        attention = SlotAttention(model.config, cache)
+        seq = Sequence(ids, SamplingParams(max_new_tokens=1), (0,), None, None, lambda _: None, None)
+        assert cache.acquire(seq)
+        with torch.inference_mode():
+            plan = attention.plan([], [Chunk(seq, 0, len(ids))])
+            hidden = model.hidden(torch.tensor(ids), plan, len(ids) if direct else 0)
+            found.append(model.logits(hidden[:-1]))
+    return found
+
+
+def perplexity(logits: list[Tensor], windows: list[list[int]]) -> float:
+    losses = [
+        F.cross_entropy(x, torch.tensor(ids[1:]), reduction="sum") for x, ids in zip(logits, windows, strict=True)
+    ]
+    return math.exp(float(torch.stack(losses).sum()) / sum(len(ids) - 1 for ids in windows))
+
+
+def print_row(name: str, exact: list[Tensor], found: list[Tensor], windows: list[list[int]]) -> None:
+    a, b = torch.cat(exact), torch.cat(found)
+    # Logits mean the same with any constant added, so their error is counted around each row's mean.
+    a0, b0 = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    error = float((a0 - b0).norm() / a0.norm())
+    kl = float(F.kl_div(b.log_softmax(1), a.log_softmax(1), reduction="batchmean", log_target=True))
+    same = float((a.argmax(1) == b.argmax(1)).float().mean())
+    ours, theirs = perplexity(exact, windows), perplexity(found, windows)
+    print(f"| {name} | {error:.4f} | {kl:.5f} | {same:.1%} | {theirs:.3f} | {theirs / ours - 1:+.2%} |", flush=True)
+
+
+def layer_errors() -> None:
+    """Print the relative error of one product with a random layer as wide as MPT-7B's, one input column 20 times."""
+    weight, x = torch.randn(2048, 4096) / 64, torch.randn(64, 4096)
+    outlier = x.clone()
+    outlier[:, 7] *= 20
+    print("\n| random layer, 4096 inputs | plain input | with an outlier column |\n|---|---:|---:|")
+    eight, four = quantize(weight, "int8"), quantize(weight, "int4")
+    for name, layer in (
+        ("int8", Int8Linear(eight)),
+        ("int4, long prompts", Int4Linear(four, None, StepRows())),
+        ("int4, decoding", Int4Linear(four, None, StepRows(64))),
+    ):
+        errors = [float((layer(i) - i @ weight.T).norm() / (i @ weight.T).norm()) for i in (x, outlier)]
+        print(f"| {name} | {errors[0]:.4f} | {errors[1]:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
