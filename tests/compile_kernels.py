@@ -17,10 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mptserve.engine import kernels
+from mptserve.engine import kernels, quant_kernels
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INTEGERS = {"q_stride", "kv_stride", "table_stride", "n_heads", "x_stride", "n_rows", "n_out", "n_lanes"}
+INTEGERS = {"q_stride", "kv_stride", "table_stride", "n_heads", "x_stride", "n_rows", "n_out", "n_lanes", "n_bytes"}
 
 
 def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
@@ -40,6 +40,21 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
             constants = {"K": 4096, "ROWS": rows, "OUT": 16, "IN": width, "NORM": norm, "NORM_BIAS": False}
             constants |= {"GELU": gelu, "BIAS": False, "RESIDUAL": residual, "PRECISION": "tf32"}
             yield kernels._linear, dict.fromkeys(names, "*bf16"), constants, 4, 4
+    for four, codes, scale in ((False, "*i8", "*fp32"), (True, "*u8", "*bf16")):
+        types = dict.fromkeys(("x", "y", "bias", "residual", "gamma", "beta", "out"), "*bf16")
+        types |= {"codes": codes, "scale": scale, "zero": scale}
+        for rows, width in ((1, 256), (16, 128)):
+            for norm, gelu, residual in ((True, False, False), (True, True, False), (False, False, True)):
+                constants = {"K": 4096, "ROWS": rows, "OUT": 16, "IN": width // (1 + four), "FOUR": four, "NORM": norm}
+                constants |= {
+                    "NORM_BIAS": False,
+                    "GELU": gelu,
+                    "BIAS": False,
+                    "RESIDUAL": residual,
+                    "PRECISION": "tf32",
+                }
+                yield quant_kernels._quant_linear, types, constants, 4, 4
+        yield quant_kernels._unpack, types, {"K": 4096, "FOUR": four, "SIZE": 1024}, 4, 3
     types = {"integers": "*i64", "numbers": "*fp32", "eos": "*i64", "logits": "*fp32", "sampled": "*i32"}
     yield kernels._sample, types, {"N_EOS": 2, "V": 50_277, "TILE": 4096}, 16, 3
 

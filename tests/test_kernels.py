@@ -305,11 +305,14 @@ def test_kernels_compile_for_cards_that_are_not_here(capability: int, shared: in
         "_combine",
         "_prefill_attention",
         "_linear",
+        "_quant_linear",
+        "_unpack",
         "_sample",
     }
     for f in found:
         assert f["spilled"] <= 64, f  # bytes; the 8-bit prefill kernel on an A100
         assert f["shared"] <= shared, f
-        assert f["asynchronous copies"] == (f["kernel"] in ("_decode_attention", "_prefill_attention", "_linear")), f
+        pipelined = ("_decode_attention", "_prefill_attention", "_linear", "_quant_linear")
+        assert f["asynchronous copies"] == (f["kernel"] in pipelined), f
         many = f["constants"].get("ROWS") == 16 or f["kernel"] == "_prefill_attention"
         assert f["tensor cores"] == many, f

@@ -145,7 +145,7 @@ def linear(
     rows = 1 if n_rows == 1 else 16
     gamma, beta, eps = norm or (x, None, 0.0)
     out = 16 if n_out <= 16_384 else 32
-    width = 256 if rows == 1 else 128
+    width = (256 if rows == 1 else 128) // (2 if four else 1)  # bytes; in 4 bits each takes two values' registers
     _quant_linear[(triton.cdiv(n_out, out),)](
         x,
         weight.codes,
