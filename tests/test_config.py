@@ -15,7 +15,6 @@ CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 SEVEN_B = {"d_model": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 50432, "max_seq_len": 2048}
 
 MEMBERS = {
-    # mpt-7b-instruct and -chat have the shape of mpt-7b, mpt-30b-instruct and -chat that of mpt-30b, and so on.
     "mpt-7b": (MPTConfig(**SEVEN_B), 6_649_286_656, 128, 16384),
     "mpt-7b-storywriter": (
         MPTConfig(**SEVEN_B | {"max_seq_len": 65536}, alibi_bias_max=16.0, clip_qkv=6.0),
@@ -49,6 +48,17 @@ MEMBERS = {
         16384,
     ),
 }
+MEMBERS |= {
+    tuned: MEMBERS[base]
+    for base, fine_tunes in {
+        "mpt-7b": ("mpt-7b-instruct", "mpt-7b-chat"),
+        "mpt-7b-8k": ("mpt-7b-8k-instruct", "mpt-7b-8k-chat"),
+        "mpt-30b": ("mpt-30b-instruct", "mpt-30b-chat"),
+        "mpt-1b-redpajama-200b": ("mpt-1b-redpajama-200b-dolly",),
+    }.items()
+    for tuned in fine_tunes
+}
+"""The published shapes; fine-tunes have their base model's."""
 
 
 def refusal(raw: dict[str, Any]) -> str:

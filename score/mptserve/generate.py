@@ -3,11 +3,9 @@
 import argparse
 import dataclasses
 import json
-import os
 import resource
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     prompt = args.prompt if args.prompt not in (None, "-") else sys.stdin.read()
     try:
-        service = Service(_settings(args, os.environ))
+        service = Service(_settings(args))
     except StartupError as exc:
         print(f"mptserve: {exc}", file=sys.stderr)
         return 1
@@ -60,9 +58,9 @@ def run(args: argparse.Namespace) -> int:
         service.engine.close()
 
 
-def _settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+def _settings(args: argparse.Namespace) -> Settings:
     """Return the environment's settings with what the command line says, for one sequence of any length."""
-    settings = read_settings(environ)
+    settings = read_settings()
     changes: dict[str, Any] = {"model_dir": str(Path(args.model).expanduser()), "deadline_ms": _DAY_MS}
     changes |= {"max_rows": 1, "max_new_tokens": max(args.n_predict, settings.max_new_tokens)}
     if args.quant:
