@@ -90,7 +90,7 @@ def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
     [("mpt-7b", [13.30, 7.06, 4.65]), ("mpt-30b", [59.91, 30.68, 19.58])],
 )
 def test_weights_take_the_memory_that_the_card_needs(name: str, gigabytes: list[float]) -> None:
-    """Bfloat16, int8, int4; in the latter two the head is a copy of the embedding. MPT-30B: bfloat16 for 80 GB, int8 for 40 GB."""
+    """In bfloat16, int8 and int4, the latter with a head of their own. MPT-30B: bfloat16 on 80 GB, int8 on 40 GB."""
     config = parse_config(raw_config(name))
     found = [weight_bytes(config, method, 2) / 1e9 for method in (None, "int8", "int4")]
     assert found == pytest.approx(gigabytes, abs=0.01)
