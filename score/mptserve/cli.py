@@ -1,4 +1,4 @@
-"""The `mptserve` command: serve a model on this machine through Azure's own server, or see it answer once."""
+"""The `mptserve` command: serve a model on this machine through Azure's own server, see it answer once, check YAML."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from mptserve.check import command as check_command
 from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
 
 SAMPLES = SCORE_DIR.parent / "samples"
@@ -32,7 +33,13 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument(
             "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
         )
+    check = commands.add_parser(
+        "check", help="find mistakes in Azure ML YAML files, offline, or see what fits a machine"
+    )
+    check_command.add_arguments(check)
     args = parser.parse_args(argv)
+    if args.command == "check":
+        return check_command.run(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind
     try:
         with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:
