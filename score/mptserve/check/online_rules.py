@@ -108,7 +108,7 @@ def check_host(document: Document) -> Iterator[Problem]:
         said = "SCORING_TIMEOUT_MS does nothing in a gthread worker"
         yield document.problem(env_place("SCORING_TIMEOUT_MS"), "scoring-timeout", said, "use MPT_DEADLINE_MS instead")
     timeout = whole(document.get("request_settings", "request_timeout_ms")) or 5000
-    if _number(env(document, "WORKER_TIMEOUT"), 300) * 1000 < timeout:
+    if _number(env(document, "WORKER_TIMEOUT"), 300) * 1000 < min(timeout, MAX_TIMEOUT_MS):
         yield document.problem(
             env_place("WORKER_TIMEOUT"),
             "worker-timeout",
