@@ -120,7 +120,10 @@ def check_host(document: Document) -> Iterator[Problem]:
 def check_insights(document: Document) -> Iterator[Problem]:
     """With Application Insights on, azmlinfsrv logs every answer's text, and holds streams back to do so."""
     name = "APP_INSIGHTS_LOG_RESPONSE_ENABLED"
-    if document.get("app_insights_enabled") is True and str(env(document, name) or "true").lower() != "false":
+    if (
+        str(document.get("app_insights_enabled")).lower() == "true"
+        and str(env(document, name) or "true").lower() != "false"
+    ):
         place = env_place(name) if env(document, name) is not None else ("app_insights_enabled",)
         yield document.problem(
             place,
