@@ -1,5 +1,7 @@
 """`mptserve check`: what we ship passes, and every planted mistake is found at its line, under its rule."""
 
+import copy
+import functools
 import json
 import shutil
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 from mptserve import cli
 from mptserve.check import RULES, Problem, SdkMissing, check_file, yaml_files
 from mptserve.check.document import read_document
+from mptserve.check.rules import BY_KIND
 from mptserve.check.skus import families, fit, skus
 from mptserve.engine.config import read_config
 
@@ -422,6 +425,21 @@ def test_a_line_can_allow_what_a_rule_says(folder: Path) -> None:
     assert problems(path) == [(20, "sku-idle-gpus")]
 
 
+def test_files_in_a_folder_that_are_something_else_are_left_alone_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".github").mkdir()
+    (tmp_path / ".github" / "ci.yml").write_text("on: push\n")
+    (tmp_path / "compose.yml").write_text("services: {}\n")
+    (tmp_path / "conda.yaml").write_text(CONDA)
+    (tmp_path / "endpoint.yml").write_text(ONLINE_ENDPOINT)
+    assert cli.main(["check", "--no-sdk", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/compose.yml: left alone, nothing says what this file describes\n2 files checked, nothing wrong\n"
+    )
+    assert cli.main(["check", "--no-sdk", str(tmp_path / "compose.yml")]) == 1
+
+
 def test_other_kinds_of_azure_files_are_left_alone(folder: Path) -> None:
     path = folder / "schedule.yml"
     path.write_text("$schema: https://azuremlschemas.azureedge.net/latest/schedule.schema.json\nname: x\n")
@@ -451,6 +469,40 @@ def test_a_problem_says_place_rule_what_and_fix(folder: Path) -> None:
         f"{path}:18: setting-unknown: MPT_DTPYE is not a setting, and the server would not start. "
         "Fix: did you mean MPT_DTYPE?"
     )
+
+
+ODD = [None, True, -1, 10**30, 1.5, "", "x y", "∞", [], [None], {}, {"a": {"b": None}}, {1: 2}]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_no_value_anywhere_makes_a_rule_fail(folder: Path, name: str) -> None:
+    """Whatever stands in a place, or when the place is missing, the rules speak of it or are silent."""
+    document = read_document(folder / name)
+    kind = str(document.kind)
+    for pointer in [p for p in document.places if p]:
+        *above, key = pointer
+        for odd in [*ODD, "gone"]:
+            value = copy.deepcopy(document.value)
+            at = functools.reduce(lambda a, b: a[b], above, value)
+            at[key] = odd
+            if odd == "gone":
+                del at[key]
+            for rule in BY_KIND[kind]:
+                assert all(p.rule in RULES for p in rule(replace(document, value=value)))
+
+
+def test_a_sample_as_others_write_it_is_taken_apart_without_failing(folder: Path) -> None:
+    path = folder / "sample.yml"
+    path.write_text(
+        "name: blue\nendpoint_name: my-endpoint\nmodel: {path: model}\ninstance_type: Standard_DS3_v2\n"
+        "environment: {image: some-image, conda_file: conda.yaml}\ninstance_count: 1\n"
+    )
+    assert problems(path) == [
+        (1, "concurrency"),
+        (1, "deadline"),
+        (1, "host-threads"),
+        (1, "request-timeout"),
+    ]
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_every_package_is_packaged(project):
     data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     packages = {".".join(path.parent.relative_to(SCORE).parts) for path in data}
     assert {path.suffix for path in data} == {".json"}
-    assert project["tool"]["setuptools"]["package-data"] == dict.fromkeys(packages, ["*.json"])
+    assert project["tool"]["setuptools"]["package-data"] == {name: ["*.json"] for name in packages}
 
 
 def test_licence_is_apache_2(project):

@@ -44,6 +44,10 @@ def main(argv: list[str]) -> int:
         return _cannot(str(exc))
     except SdkMissing as exc:
         return _cannot(f"{exc}; or check with our own rules only: --no-sdk")
+    named = set(args.paths)
+    for problem in [p for p in problems if p.rule == "kind" and p.path not in named]:  # found in a folder: not ours
+        problems.remove(problem)
+        print(f"{problem.path}: left alone, {problem.message}")
     if not files:
         return _cannot(f"no *.yml or *.yaml in {', '.join(map(str, args.paths))}")
     for problem in problems:

@@ -1,5 +1,6 @@
 """Rules for the numbers of an online deployment, which must fit one another: times, threads, probes, instances."""
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -190,7 +191,8 @@ def check_probes(document: Document) -> Iterator[Problem]:
 
 def check_data_collector(document: Document) -> Iterator[Problem]:
     """Azure itself fills `request` and `response`; others need a call in the scoring script, and ours has none."""
-    for name in document.get("data_collector", "collections", default={}) or {}:
+    collections = document.get("data_collector", "collections")
+    for name in collections if isinstance(collections, dict) else ():
         if name not in ("request", "response"):
             yield document.problem(
                 ("data_collector", "collections", name),
@@ -217,7 +219,7 @@ def _flag(document: Document, name: str) -> str | None:
         words = shlex.split(env(document, "GUNICORN_CMD_ARGS") or "")
     except ValueError:
         return None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*words, ""]):
         if word == name:
             return following
         if word.startswith(name + "="):
