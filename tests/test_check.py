@@ -260,6 +260,8 @@ MISTAKES: list[Mistake] = [
     ("deployment.yml", "code: code", "code: ../score", "code:", "file-missing"),
     ("deployment.yml", "score.py", "scoring.py", "scoring_script", "file-missing"),
     ("deployment.yml", "code: code", "code: clash", "code:", "code-host-file"),
+    ("deployment.yml", "code_configuration:\n  code: code\n  scoring_script: score.py\n", "", "environment:", "code"),
+    ("deployment.yml", "  image: mcr", "  imag: x\n  image: mcr", "imag:", "azure-sdk"),
     ("deployment.yml", "score.py", "half.py", "scoring_script", "script"),
     ("deployment.yml", "score.py", "broken.py", "scoring_script", "script"),
     ("deployment.yml", "  scoring_script: score.py\n", "", "code_configuration", "script"),
@@ -500,9 +502,19 @@ def test_a_sample_as_others_write_it_is_taken_apart_without_failing(folder: Path
     assert problems(path) == [
         (1, "concurrency"),
         (1, "deadline"),
-        (1, "host-threads"),
         (1, "request-timeout"),
+        (5, "code"),
     ]
+
+
+def test_an_image_with_a_server_of_its_own_needs_no_code_and_no_gunicorn(folder: Path) -> None:
+    path = folder / "container.yml"
+    routes = "".join(f"    {r}_route: {{port: 8000, path: /}}\n" for r in ("liveness", "readiness", "scoring"))
+    text = DEPLOYMENT.replace("  conda_file: conda.yaml\n", "  inference_config:\n" + routes)
+    text = text.replace("code_configuration:\n  code: code\n  scoring_script: score.py\n", "")
+    text = text.replace('  GUNICORN_CMD_ARGS: "--worker-class gthread --threads 72 --graceful-timeout 170"\n', "")
+    path.write_text(text)
+    assert [str(problem) for problem in check_file(path)] == []
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -55,6 +55,8 @@ def check_times(document: Document) -> Iterator[Problem]:
             f"MPT_DEADLINE_MS {deadline} is not below request_timeout_ms {timeout}: callers get 408 and no text",
             f'set MPT_DEADLINE_MS: "{max(timeout - 10_000, timeout // 2)}"',
         )
+    if not served_by_host(document):
+        return
     graceful = _number(_flag(document, "--graceful-timeout"), 30)
     if graceful * 1000 < min(deadline, timeout):
         yield document.problem(
@@ -76,6 +78,8 @@ def check_host(document: Document) -> Iterator[Problem]:
         concurrency = 1
     elif concurrency < 1:
         yield document.problem(at, "concurrency", f"{concurrency} requests at a time is none", "set it to MPT_MAX_ROWS")
+    if not served_by_host(document):
+        return
     arguments, where = env(document, "GUNICORN_CMD_ARGS") or "", env_place("GUNICORN_CMD_ARGS")
     kind = _flag(document, "--worker-class") or _flag(document, "-k")
     needed = 2 * concurrency + SPARE_THREADS
@@ -200,6 +204,11 @@ def check_data_collector(document: Document) -> Iterator[Problem]:
                 f"nothing would ever be collected in `{name}`: mptserve has no call for it",
                 "collect `request` or `response`, which Azure fills itself",
             )
+
+
+def served_by_host(document: Document) -> bool:
+    """Whether azmlinfsrv runs our code; without code_configuration the image brings a server of its own."""
+    return document.get("code_configuration") is not None
 
 
 def env(document: Document, name: str) -> str | None:

@@ -50,6 +50,7 @@ RULES = {
     "probe-timeout": "a probe does not wait longer than its period",
     "probe-budget": "probes wait as long as the model may take to load",
     "data-collector": "collections are ones that something fills",
+    "code": "code is uploaded, or the image has a server",
     "code-host-file": "nothing in the code folder is mistaken for the host's settings",
     "script": "the scoring script is Python with the functions that Azure calls",
     "model": "a model is named, as a registered one or a folder",
