@@ -309,7 +309,7 @@ MISTAKES: list[Mistake] = [
     ("batch.yml", "mini_batch_size: 1", "mini_batch_size: 0", "mini_batch_size", "batch-count"),
     ("batch.yml", "threshold: -1", "threshold: -5", "error_threshold", "batch-count"),
     ("batch.yml", "max_retries: 1", "max_retries: -1", "max_retries", "batch-count"),
-    ("batch.yml", "per_instance: 1", "per_instance: 4", "max_concurrency", "batch-concurrency"),
+    ("batch.yml", "per_instance: 1", "per_instance: 16", "max_concurrency", "batch-concurrency"),
     ("batch.yml", "timeout: 3600", "timeout: 30", "timeout", "batch-timeout"),
     ("batch.yml", "timeout: 3600", "timeout: 3600000", "timeout", "batch-timeout"),
     ("batch.yml", "    timeout: 3600\n", "", "retry_settings", "batch-timeout"),
@@ -513,7 +513,10 @@ def test_an_image_with_a_server_of_its_own_needs_no_code_and_no_gunicorn(folder:
     text = DEPLOYMENT.replace("  conda_file: conda.yaml\n", "  inference_config:\n" + routes)
     text = text.replace("code_configuration:\n  code: code\n  scoring_script: score.py\n", "")
     text = text.replace('  GUNICORN_CMD_ARGS: "--worker-class gthread --threads 72 --graceful-timeout 170"\n', "")
-    path.write_text(text)
+    text = text.replace(
+        "environment_variables:\n", "model_mount_path: /m\nenvironment_variables:\n  AZUREML_MODEL_DIR: /m\n"
+    )
+    path.write_text(text.replace("initial_delay: 330", "initial_delay: 30"))
     assert [str(problem) for problem in check_file(path)] == []
 
 

@@ -76,7 +76,7 @@ RULES = {
     "batch-variables": "variables stand where they are read",
     "batch-environment": "the environment is not a curated one",
     "batch-count": "counts are in Azure's range",
-    "batch-concurrency": "one copy of the model per instance",
+    "batch-concurrency": "not more copies of the model on an instance than it can have GPUs",
     "batch-timeout": "a mini-batch has minutes, not 30 s",
     "batch-logging-level": "the logging level exists",
     "batch-output": "an output file is named only where one is written",
