@@ -24,6 +24,10 @@ _PAGES = {
 }
 
 
+_INSTALL = "pip install 'azure-ai-ml>=1.30,<2' 'azureml-inference-server-http>=1.5.1,<2'"
+"""Both at once: alone, the first brings a newer OpenTelemetry than the second can be used with."""
+
+
 class SdkMissing(Exception):
     """azure-ai-ml is not installed."""
 
@@ -57,7 +61,7 @@ def _loader(document: Document) -> Any:
             from azure.ai import ml
             from azure.ai.ml.entities._load_functions import load_model_batch_deployment
     except ImportError as exc:
-        raise SdkMissing("azure-ai-ml is not installed: pip install 'azure-ai-ml>=1.30,<2'") from exc
+        raise SdkMissing(f"azure-ai-ml is not installed: {_INSTALL}") from exc
     modern = "settings" in document.value or document.value.get("type") == "model"
     return {
         "online endpoint": ml.load_online_endpoint,

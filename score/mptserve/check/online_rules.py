@@ -157,10 +157,8 @@ def check_instances(document: Document) -> Iterator[Problem]:
         )
 
 
-_PROBE = {"initial_delay": (1, 10), "period": (1, 10), "timeout": (1, 2), "success_threshold": (1, 1)} | {
-    "failure_threshold": (1, 30)
-}
-"""Smallest value and Azure's default of each number of a probe; seconds, and counts."""
+_PROBE = {"initial_delay": 10, "period": 10, "timeout": 2, "success_threshold": 1, "failure_threshold": 30}
+"""Azure's defaults; seconds, and counts. The smallest value of each is 1."""
 
 
 def check_probes(document: Document) -> Iterator[Problem]:
@@ -168,12 +166,11 @@ def check_probes(document: Document) -> Iterator[Problem]:
     config = model_config(document)
     for probe in ("liveness_probe", "readiness_probe"):
         number = {}
-        for key, (low, default) in _PROBE.items():
+        for key, default in _PROBE.items():
             value = whole(document.get(probe, key, default=default))
-            if value is not None and value < low:
-                said = f"{probe}.{key} is {value}"
-                yield document.problem((probe, key), "probe-value", said, f"set {low} or more")
-            number[key] = max(default if value is None else value, low)
+            if value is not None and value < 1:
+                yield document.problem((probe, key), "probe-value", f"{probe}.{key} is {value}", "set 1 or more")
+            number[key] = max(default if value is None else value, 1)
         if number["timeout"] > number["period"]:
             said = f"{probe} waits {number['timeout']} s for an answer but asks every {number['period']} s"
             yield document.problem((probe, "timeout"), "probe-timeout", said, "make timeout at most period")
