@@ -74,6 +74,8 @@ def az_commands(path: Path) -> list[AzCommand]:
         for match in re.finditer(r"(?:^|[\s`($])az (?=(?:ml|extension|configure|role|deployment) )([^`|>]*)", line):
             if path.suffix == ".md" and not _is_command(line, match):
                 continue
+            if line[match.start()] == "`" and "--" not in match[1]:
+                continue  # its name in a sentence
             words = _words(match[1])
             name = next(
                 (" ".join(words[:n]) for n in (3, 2, 1) if " ".join(words[:n]) in COMMANDS), " ".join(words[:3])
