@@ -17,8 +17,8 @@ def main() -> None:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    with tempfile.TemporaryDirectory(prefix="azure-on-the-desk-") as folder, LocalAzure(Path(folder), args.port) as azure:
-        print(f"# Azure on the desk at {azure.url}. Paste this above the first cell of a notebook:\n", flush=True)
+    with tempfile.TemporaryDirectory(prefix="local-azure-") as folder, LocalAzure(Path(folder), args.port) as azure:
+        print(f"# Azure on the desk at {azure.url}. Paste this at the end of a notebook's first cell:\n", flush=True)
         print(settings_text(azure) + "\n\n# Ctrl-C stops it, its deployments with it.", flush=True)
         stopped.wait()
 

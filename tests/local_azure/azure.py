@@ -1,13 +1,15 @@
 """The whole desk: one HTTPS server on loopback, and the settings that point the SDK at it."""
 
+import asyncio
 import secrets
 import socket
 import ssl
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import trustme
 import uvicorn
@@ -15,6 +17,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from local_azure.front_door import FrontDoor
 from local_azure.online_resources import OnlineResources
@@ -23,6 +26,16 @@ from local_azure.storage import Storage
 
 SUBSCRIPTION = "00000000-0000-0000-0000-000000000000"
 RESOURCE_GROUP, WORKSPACE = "desk", "desk"
+
+
+class _Connection(H11Protocol):
+    """A connection that can be found again at the end."""
+
+    transports: ClassVar[weakref.WeakSet[asyncio.Transport]] = weakref.WeakSet()
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.transports.add(transport)
 
 
 class LocalAzure:
@@ -51,7 +64,13 @@ class LocalAzure:
         self.online = OnlineResources(self.root, self.storage, insights)
         self.manager = ResourceManager(self.url, self.online)
         self._server = uvicorn.Server(self._config())
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="azure on the desk")
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),), name="azure on the desk")
+
+    async def _serve(self) -> None:
+        await self._server.serve([self._socket])
+        for transport in list(_Connection.transports):  # idle clients would be waited for, to agree on the end of TLS
+            transport.abort()
+        await asyncio.sleep(0.05)
 
     def __enter__(self) -> "LocalAzure":
         self._thread.start()
@@ -86,7 +105,9 @@ class LocalAzure:
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(self.ca))
         certificate = authority.issue_cert("127.0.0.1", "localhost")
-        config = uvicorn.Config(self._application(), log_level="critical", timeout_graceful_shutdown=1, lifespan="on")
+        config = uvicorn.Config(
+            self._application(), http=_Connection, log_level="critical", timeout_graceful_shutdown=1, lifespan="on"
+        )
         config.load()
         config.ssl = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         certificate.configure_cert(config.ssl)

@@ -33,7 +33,7 @@ class Deployment:
         return min(ready, key=lambda i: i.in_flight)
 
     async def replace(self, spec: Spec, instances: list[Instance]) -> None:
-        """Start `instances`, then send requests to them, then end the old ones. Raises StartFailed, changing nothing."""
+        """Start `instances`, send requests to them, end the old ones. Raises StartFailed, and changes nothing then."""
         try:
             await asyncio.gather(*(i.start() for i in instances))
         except BaseException:

@@ -50,9 +50,6 @@ class OnlineResources:
         self.endpoints[name] = endpoint
         return endpoint
 
-    def regenerate(self, name: str, key_type: str, value: str | None) -> None:
-        self.endpoint(name).keys[key_type.lower()] = value or new_key()
-
     def token(self, name: str) -> str:
         token = new_key()
         self.endpoint(name).tokens.add(token)
@@ -115,8 +112,7 @@ class OnlineResources:
         if resource is None:
             raise Refused(404, "ResourceNotFound", f"there is no code asset {spec.code_id!r}")
         _, _, path = resource["properties"]["codeUri"].partition("/storage/")
-        account, _, rest = path.partition("/")
-        container, _, folder = rest.partition("/")
+        container, _, folder = path.partition("/")[2].partition("/")  # after the account
         return self.storage.folder(container, folder)
 
     def _model(self, spec: Spec, resources: Mapping[str, dict[str, Any]]) -> Path | None:

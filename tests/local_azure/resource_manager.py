@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 
 from local_azure.errors import Refused
+from local_azure.online import new_key
 from local_azure.online_resources import OnlineResources
 from local_azure.storage import ACCOUNT
 
@@ -23,8 +24,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 WORKSPACE = (
     "/subscriptions/{sub}/resourcegroups/{group}/providers/microsoft.machinelearningservices/workspaces/{workspace}"
 )
-POLL_S = "1"
-"""Retry-After of an operation; the SDK would otherwise ask every 5 s (LROConfigurations.POLL_INTERVAL)."""
+POLL = {"Retry-After-Ms": "250"}
+"""When to ask an operation again; the SDK would otherwise wait 5 s (LROConfigurations.POLL_INTERVAL)."""
 
 
 class ResourceManager:
@@ -86,7 +87,7 @@ class ResourceManager:
         properties = {
             "workspaceId": "00000000-0000-0000-0000-0000000000d5",
             "discoveryUrl": self.url + "/discovery",
-            "storageAccount": f"/subscriptions/s/resourceGroups/r/providers/Microsoft.Storage/storageAccounts/{ACCOUNT}",
+            "storageAccount": f"/subscriptions/s/resourceGroups/r/providers/Microsoft.Storage/accounts/{ACCOUNT}",
         }
         identity = {"type": "SystemAssigned", "principalId": "desk", "tenantId": "desk"}
         return JSONResponse(_resource(request, properties) | {"location": "desk", "identity": identity})
@@ -190,7 +191,10 @@ class ResourceManager:
 
     async def regenerate_keys(self, request: Request) -> Response:
         body = await request.json()
-        self.online.regenerate(_name(request, -2), body.get("keyType") or "Primary", body.get("keyValue"))
+        keys = self.online.endpoint(_name(request, -2)).keys
+        which, value = (body.get("keyType") or "Primary").lower(), body.get("keyValue")
+        # The SDK sends the key of before as the value; that Azure draws a new one then is a GUESS from the call's name.
+        keys[which] = new_key() if value in (None, keys[which]) else value
         return self._accepted(None, 202, asyncio.sleep(0))
 
     async def token(self, request: Request) -> Response:
@@ -235,7 +239,7 @@ class ResourceManager:
         self._find(_id(request).rpartition("/")[0])
         return JSONResponse({"content": self.online.log(_name(request, -4), _name(request, -2), lines)})
 
-    # Batch: kept as they come; nothing runs behind them yet --------------------------------------------------------------
+    # Batch: kept as they come; nothing runs behind them yet -----------------------------------------------------------
 
     async def put_batch(self, request: Request) -> Response:
         body, known = await request.json(), self.resources.get(_id(request).lower())
@@ -262,7 +266,7 @@ class ResourceManager:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         address = f"{self.url}/operations/{id_}"
-        headers = {"Azure-AsyncOperation": address, "Location": address, "Retry-After": POLL_S}
+        headers = {"Azure-AsyncOperation": address, "Location": address} | POLL
         return (
             Response(status_code=status, headers=headers)
             if resource is None
@@ -273,7 +277,7 @@ class ResourceManager:
         operation = self.operations.get(request.path_params["id"])
         if operation is None:
             return Refused(404, "ResourceNotFound", "there is no such operation").response()
-        headers = {"Retry-After": POLL_S} if operation["status"] == "InProgress" else {}
+        headers = POLL if operation["status"] == "InProgress" else {}
         return JSONResponse(operation, headers=headers)
 
 
