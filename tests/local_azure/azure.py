@@ -5,11 +5,10 @@ import secrets
 import socket
 import ssl
 import threading
-import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import trustme
 import uvicorn
@@ -17,7 +16,6 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from local_azure.front_door import FrontDoor
 from local_azure.online_resources import OnlineResources
@@ -26,16 +24,6 @@ from local_azure.storage import Storage
 
 SUBSCRIPTION = "00000000-0000-0000-0000-000000000000"
 RESOURCE_GROUP, WORKSPACE = "desk", "desk"
-
-
-class _Connection(H11Protocol):
-    """A connection that can be found again at the end."""
-
-    transports: ClassVar[weakref.WeakSet[asyncio.Transport]] = weakref.WeakSet()
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self.transports.add(transport)
 
 
 class LocalAzure:
@@ -68,7 +56,8 @@ class LocalAzure:
 
     async def _serve(self) -> None:
         await self._server.serve([self._socket])
-        for transport in list(_Connection.transports):  # idle clients would be waited for, to agree on the end of TLS
+        # asyncio waits half a minute for idle clients to agree on the end of TLS, and has no public way not to.
+        for transport in list(getattr(asyncio.get_running_loop(), "_transports", {}).values()):
             transport.abort()
         await asyncio.sleep(0.05)
 
@@ -105,9 +94,7 @@ class LocalAzure:
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(self.ca))
         certificate = authority.issue_cert("127.0.0.1", "localhost")
-        config = uvicorn.Config(
-            self._application(), http=_Connection, log_level="critical", timeout_graceful_shutdown=1, lifespan="on"
-        )
+        config = uvicorn.Config(self._application(), log_level="critical", timeout_graceful_shutdown=1, lifespan="on")
         config.load()
         config.ssl = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         certificate.configure_cert(config.ssl)
