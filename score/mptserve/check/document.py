@@ -95,7 +95,9 @@ def read_document(path: Path, changes: Mapping[str, str] | None = None) -> Docum
     """Return the file at `path`, its `changes` (as in az's `--set a.b=c`) applied; raises NotReadable."""
     document = _with_overlay(_parse(path))
     for name, text in (changes or {}).items():
-        _set(document.value, name, yaml.safe_load(text) if text else "")
+        # az hands on texts, of which the loader makes numbers where they are due: nowhere in a dict of variables
+        number = re.fullmatch(r"-?\d+", text) and "environment_variables" not in name
+        _set(document.value, name, int(text) if number else text)
     return document
 
 

@@ -46,9 +46,7 @@ def _loader(document: Document) -> Any:
             from azure.ai import ml
             from azure.ai.ml.entities._load_functions import load_model_batch_deployment
     except ImportError as exc:
-        raise SdkMissing(
-            "azure-ai-ml is not installed: pip install 'azure-ai-ml>=1.30,<2', or 'mptserve[azure]'"
-        ) from exc
+        raise SdkMissing("azure-ai-ml is not installed: pip install 'azure-ai-ml>=1.30,<2'") from exc
     modern = "settings" in document.value or document.value.get("type") == "model"
     return {
         "online endpoint": ml.load_online_endpoint,

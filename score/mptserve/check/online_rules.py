@@ -1,5 +1,6 @@
 """Rules for the numbers of an online deployment, which must fit one another: times, threads, probes, instances."""
 
+import itertools
 import re
 import shlex
 from collections.abc import Iterator
@@ -108,7 +109,7 @@ def check_host(document: Document) -> Iterator[Problem]:
         said = "SCORING_TIMEOUT_MS does nothing in a gthread worker"
         yield document.problem(env_place("SCORING_TIMEOUT_MS"), "scoring-timeout", said, "use MPT_DEADLINE_MS instead")
     timeout = whole(document.get("request_settings", "request_timeout_ms")) or 5000
-    if _number(env(document, "WORKER_TIMEOUT"), 300) * 1000 < timeout:
+    if _number(env(document, "WORKER_TIMEOUT"), 300) * 1000 < min(timeout, MAX_TIMEOUT_MS):
         yield document.problem(
             env_place("WORKER_TIMEOUT"),
             "worker-timeout",
@@ -120,7 +121,10 @@ def check_host(document: Document) -> Iterator[Problem]:
 def check_insights(document: Document) -> Iterator[Problem]:
     """With Application Insights on, azmlinfsrv logs every answer's text, and holds streams back to do so."""
     name = "APP_INSIGHTS_LOG_RESPONSE_ENABLED"
-    if document.get("app_insights_enabled") is True and str(env(document, name) or "true").lower() != "false":
+    if (
+        str(document.get("app_insights_enabled")).lower() == "true"
+        and str(env(document, name) or "true").lower() != "false"
+    ):
         place = env_place(name) if env(document, name) is not None else ("app_insights_enabled",)
         yield document.problem(
             place,
@@ -187,7 +191,8 @@ def check_probes(document: Document) -> Iterator[Problem]:
 
 def check_data_collector(document: Document) -> Iterator[Problem]:
     """Azure itself fills `request` and `response`; others need a call in the scoring script, and ours has none."""
-    for name in document.get("data_collector", "collections", default={}) or {}:
+    collections = document.get("data_collector", "collections")
+    for name in collections if isinstance(collections, dict) else ():
         if name not in ("request", "response"):
             yield document.problem(
                 ("data_collector", "collections", name),
@@ -214,7 +219,7 @@ def _flag(document: Document, name: str) -> str | None:
         words = shlex.split(env(document, "GUNICORN_CMD_ARGS") or "")
     except ValueError:
         return None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*words, ""]):
         if word == name:
             return following
         if word.startswith(name + "="):

@@ -50,7 +50,7 @@ def check_sku(document: Document) -> Iterator[Problem]:
         yield document.problem(at, "sku-unknown", f"`{name}` is not on Azure's list for online endpoints", fix)
         return
     family = document.get("tags", "model_family")
-    if family is not None and family not in families():
+    if family is not None and str(family) not in families():
         near = difflib.get_close_matches(str(family), families(), 1)
         said = f"model_family `{family}` is not one whose size is known"
         fix = f"use {near[0] if near else ', '.join(families())}"

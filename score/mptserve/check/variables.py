@@ -16,7 +16,8 @@ def check_variables(document: Document, *inside: str) -> Iterator[Problem]:
     if not isinstance(variables, dict):
         return
     known = [f.metadata["env"] for f in FIELDS]
-    for name, value in variables.items():
+    for key, value in variables.items():
+        name = str(key)
         if not isinstance(value, str):
             found = "nothing" if value is None else type(value).__name__
             said = f"{name} is {found}, and variables are text"
