@@ -188,6 +188,42 @@ def test_traffic_that_makes_no_sense_is_refused(
     assert desk.client.online_endpoints.get(parrot).traffic == {"blue": 100, "green": 0}
 
 
+# Storage, and what is not there
+
+
+def test_blobs_come_back_as_they_went_in_also_in_blocks(desk: Desk) -> None:
+    """What the SDK does with files above 64 MB, here with a client that calls 1,000 bytes large."""
+    from azure.storage.blob import ContainerClient
+
+    url = f"{desk.azure.url}/storage/desk/box?sv=2025-01-05&sig=desk"
+    content = bytes(range(256)) * 20
+    limits = {"max_single_put_size": 1000, "max_block_size": 1000, "max_single_get_size": 1500}
+    with ContainerClient.from_container_url(url, max_chunk_get_size=1500, **limits) as box:
+        box.upload_blob("folder/large.bin", content, metadata={"name": "large"})
+        box.upload_blob("folder/small.txt", b"small")
+        assert [blob.name for blob in box.list_blobs("folder/")] == ["folder/large.bin", "folder/small.txt"]
+        assert [blob.metadata for blob in box.list_blobs("folder/l", include="metadata")] == [{"name": "large"}]
+        assert box.download_blob("folder/large.bin").readall() == content
+        assert box.get_blob_client("folder/large.bin").get_blob_properties().size == len(content)
+        box.delete_blob("folder/large.bin")
+        assert not box.get_blob_client("folder/large.bin").exists()
+
+
+def test_calls_that_the_desk_does_not_know_say_so(desk: Desk) -> None:
+    with pytest.raises(ResourceNotFoundError, match=r"Azure on the desk does not know GET \S+/computes/gpu"):
+        desk.client.compute.get("gpu")
+
+
+def test_batch_endpoints_are_kept(desk: Desk) -> None:
+    from azure.ai.ml.entities import BatchEndpoint
+
+    desk.client.batch_endpoints.begin_create_or_update(BatchEndpoint(name="nightly")).result()
+    assert [e.name for e in desk.client.batch_endpoints.list()] == ["nightly"]
+    assert desk.client.batch_endpoints.get("nightly").scoring_uri == f"{desk.azure.url}/batch/nightly/jobs"
+    desk.client.batch_endpoints.begin_delete("nightly").result()
+    assert list(desk.client.batch_endpoints.list()) == []
+
+
 # A deployment's life
 
 

@@ -24,6 +24,8 @@ PROBE_EVERY_S = 0.2
 """The desk probes more often than the spec says, so that nobody waits; the time that may pass is the spec's."""
 GRACE_S = 30.0
 """Between SIGTERM and SIGKILL. What Azure gives is not documented; 30 s is Kubernetes' default. GUESS."""
+WITH_US = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
+"""On Linux a container ends with the desk, even when nobody gave the desk time to say so."""
 NOT_PASSED_ON = ("MPT_", "AZUREML_", "AML_", "WORKER_", "GUNICORN_", "APP_INSIGHTS_", "PYTHON")
 """Of the desk's own environment: a container sees what its image and the deployment set, nothing else."""
 
@@ -142,6 +144,7 @@ class Instance:
     async def _launch(self) -> asyncio.subprocess.Process:
         script = self.app_root / self.spec.scoring_script
         self.process = await asyncio.create_subprocess_exec(
+            *WITH_US,
             *(sys.executable, "-m", "azureml_inference_server_http.amlserver"),
             *("--entry_script", str(script), "--port", str(self.port)),
             env=self.environment(),

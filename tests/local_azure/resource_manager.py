@@ -36,7 +36,7 @@ class ResourceManager:
         self.operations: dict[str, Resource] = {}
         self.calls: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._router = Router(self.routes())
+        self._router = Router(self.routes(), default=_unknown)
 
     def routes(self) -> list[Route]:
         """Return what can be asked. The first match answers."""
@@ -306,6 +306,13 @@ async def _work(operation: Resource, work: Awaitable[None]) -> None:
         operation.update(status="Failed", error={"code": exc.code, "message": str(exc)})
     except Exception as exc:  # our own mistake: the caller must not wait for ever
         operation.update(status="Failed", error={"code": "InternalServerError", "message": repr(exc)})
+
+
+async def _unknown(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    refused = Refused(
+        404, "NotOnTheDesk", f"Azure on the desk does not know {scope['method']} {scope['original_path']}"
+    )
+    await refused.response()(scope, receive, send)
 
 
 def _guarded(handler: Handler) -> Handler:
