@@ -269,6 +269,25 @@ def test_probes_that_never_pass_fail_the_operation(desk: Desk, parrot: str, tmp_
     desk.client.online_deployments.begin_delete("slow", parrot).result()
 
 
+@pytest.mark.slow
+def test_deployment_that_is_deleted_while_it_starts_leaves_nothing_running(
+    desk: Desk, parrot: str, tmp_path: Path
+) -> None:
+    code = write_parrot(tmp_path / "parrot")
+    (code / "score.py").write_text("def init():\n    import time\n    time.sleep(60)\n", encoding="utf-8")
+    with ThreadPoolExecutor() as pool:
+        creation = pool.submit(desk.deploy, parrot, "hasty", code)
+        deployments = desk.azure.online.endpoint(parrot).deployments
+        eventually(lambda: "hasty" in deployments and deployments["hasty"].starting, "a start")
+        [instance] = deployments["hasty"].starting
+        eventually(lambda: instance.process, "a process")
+        desk.client.online_deployments.begin_delete("hasty", parrot).result()
+        with pytest.raises(HttpResponseError):
+            creation.result()
+    assert instance.process is not None
+    assert instance.process.returncode is not None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
