@@ -104,7 +104,7 @@ def test_stream_passes_through_piece_by_piece(desk: Desk, parrot: str) -> None:
 @pytest.mark.slow
 def test_slow_answers_and_crowds_are_turned_away(desk: Desk, parrot: str, tmp_path: Path) -> None:
     """request_timeout_ms → 408; more than 2 × max_concurrent_requests_per_instance × instances → 429."""
-    desk.deploy(parrot, "narrow", write_parrot(tmp_path / "parrot"), timeout_ms=1500, concurrency=2)
+    desk.deploy(parrot, "narrow", write_parrot(tmp_path / "parrot"), timeout_ms=4000, concurrency=2)
     key = desk.key(parrot)
 
     def ask(sleep_s: float) -> tuple[int, float]:
@@ -112,16 +112,16 @@ def test_slow_answers_and_crowds_are_turned_away(desk: Desk, parrot: str, tmp_pa
         reply = desk.post(parrot, {"sleep_s": sleep_s}, key=key, deployment="narrow")
         return reply.status_code, time.monotonic() - started
 
-    status, seconds = ask(4)
+    status, seconds = ask(8)
     assert status == 408
-    assert 1.4 < seconds < 3.9
+    assert seconds > 3.9
     with ThreadPoolExecutor(7) as pool:
-        statuses = sorted(status for status, _ in pool.map(ask, [0.8] * 7))
+        statuses = sorted(status for status, _ in pool.map(ask, [2] * 7))
     assert statuses == [200] * 4 + [429] * 3
     assert ask(0)[0] == 200, "the places of those who left are free again"
     with (
         pytest.raises(requests.exceptions.ChunkedEncodingError),
-        desk.post(parrot, {"pieces": 50, "every_s": 0.1}, key=key, deployment="narrow", stream=True) as reply,
+        desk.post(parrot, {"pieces": 80, "every_s": 0.1}, key=key, deployment="narrow", stream=True) as reply,
     ):
         list(reply.iter_lines())
     assert reply.status_code == 200
