@@ -52,6 +52,7 @@ def test_there_are_commands_to_check() -> None:
 
 @pytest.mark.parametrize("command", SHOWN, ids=called)
 def test_options_are_ones_that_the_command_takes(command: AzCommand) -> None:
+    assert command.name in COMMANDS, "look its options up and add it"
     known = COMMANDS[command.name].split()
     allowed = {word.lstrip("!") for word in known} | GLOBAL | {""}
     assert set(command.options) - allowed == set()
@@ -76,7 +77,7 @@ def test_what_a_command_would_make_passes_the_check(command: AzCommand) -> None:
     assert path is not None
     kind = {"online-endpoint": "online endpoint", "online-deployment": "online deployment"}
     kind |= {"model": "model", "environment": "environment", "batch-endpoint": "batch endpoint"}
-    kind |= {"batch-deployment": "batch deployment"}
+    kind |= {"batch-deployment": "batch deployment", "job": "other", "schedule": "other"}
     assert read_document(path).kind == kind[command.name.split()[1]]
     assert [str(problem) for problem in check_file(path, changes(command))] == []
 
@@ -93,7 +94,7 @@ def test_names_are_those_of_the_files() -> None:
         elif command.name == "ml online-deployment create":
             deployments.add(made["name"])
             assert made["endpoint_name"] in endpoints
-    assert endpoints == {"mpt"}
+    assert endpoints == {"mpt"}, "one name on all pages"
     for command in SHOWN:
         if command.name.startswith("ml online-endpoint"):
             assert command.one("--name") in {None, "mpt"}, called(command)

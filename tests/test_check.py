@@ -260,6 +260,8 @@ MISTAKES: list[Mistake] = [
     ("deployment.yml", "code: code", "code: ../score", "code:", "file-missing"),
     ("deployment.yml", "score.py", "scoring.py", "scoring_script", "file-missing"),
     ("deployment.yml", "code: code", "code: clash", "code:", "code-host-file"),
+    ("deployment.yml", "code_configuration:\n  code: code\n  scoring_script: score.py\n", "", "environment:", "code"),
+    ("deployment.yml", "  image: mcr", "  imag: x\n  image: mcr", "imag:", "azure-sdk"),
     ("deployment.yml", "score.py", "half.py", "scoring_script", "script"),
     ("deployment.yml", "score.py", "broken.py", "scoring_script", "script"),
     ("deployment.yml", "  scoring_script: score.py\n", "", "code_configuration", "script"),
@@ -287,6 +289,7 @@ MISTAKES: list[Mistake] = [
     ("deployment.yml", "MPT_DTYPE: bfloat16", "MPT_DTPYE: bfloat16", "MPT_DTPYE", "setting-unknown"),
     ("deployment.yml", "MPT_DTYPE: bfloat16", "MPT_DTYPE: bf16", "MPT_DTYPE", "setting-value"),
     ("deployment.yml", "MPT_DTYPE: bfloat16", 'MPT_MAX_ROWS: "0"', "MPT_MAX_ROWS", "setting-value"),
+    ("deployment.yml", 'WORKER_COUNT: "1"', "MPT_DEVICE: cpu", "MPT_DEVICE", "sku-device"),
     ("deployment.yml", "family: mpt-7b", "family: mpt-7", "model_family", "model-family"),
     ("deployment.yml", "NC24ads_A100_v4", "NC24ads_A100_v5", "instance_type", "sku-unknown"),
     ("deployment.yml", "NC24ads_A100_v4", "NC4as_T4_v3", "MPT_DTYPE", "sku-dtype"),
@@ -307,7 +310,7 @@ MISTAKES: list[Mistake] = [
     ("batch.yml", "mini_batch_size: 1", "mini_batch_size: 0", "mini_batch_size", "batch-count"),
     ("batch.yml", "threshold: -1", "threshold: -5", "error_threshold", "batch-count"),
     ("batch.yml", "max_retries: 1", "max_retries: -1", "max_retries", "batch-count"),
-    ("batch.yml", "per_instance: 1", "per_instance: 4", "max_concurrency", "batch-concurrency"),
+    ("batch.yml", "per_instance: 1", "per_instance: 16", "max_concurrency", "batch-concurrency"),
     ("batch.yml", "timeout: 3600", "timeout: 30", "timeout", "batch-timeout"),
     ("batch.yml", "timeout: 3600", "timeout: 3600000", "timeout", "batch-timeout"),
     ("batch.yml", "    timeout: 3600\n", "", "retry_settings", "batch-timeout"),
@@ -356,7 +359,7 @@ FOLLOW = {
 
 def test_every_rule_has_its_mistake() -> None:
     planted = {mistake[4] for mistake in MISTAKES} - {"none"}
-    elsewhere = {"kind", "sku-device", "batch-environment"}
+    elsewhere = {"kind", "batch-environment"}
     assert planted | elsewhere == RULES.keys()
     assert planted & elsewhere == set()
 
@@ -446,7 +449,11 @@ def test_other_kinds_of_azure_files_are_left_alone(folder: Path) -> None:
     assert problems(path) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"- a\n", b"\xff\xfe", b"a: \x00"], ids=["empty", "a list", "bytes", "null"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"- a\n", b"\xff\xfe", b"a: \x00", b"a: &a [*a]"],
+    ids=["empty", "a list", "bytes", "null", "a ring"],
+)
 def test_what_is_no_yaml_object_is_said_at_a_line(folder: Path, content: bytes) -> None:
     path = folder / "bytes.yml"
     path.write_bytes(content)
@@ -500,9 +507,22 @@ def test_a_sample_as_others_write_it_is_taken_apart_without_failing(folder: Path
     assert problems(path) == [
         (1, "concurrency"),
         (1, "deadline"),
-        (1, "host-threads"),
         (1, "request-timeout"),
+        (5, "code"),
     ]
+
+
+def test_an_image_with_a_server_of_its_own_needs_no_code_and_no_gunicorn(folder: Path) -> None:
+    path = folder / "container.yml"
+    routes = "".join(f"    {r}_route: {{port: 8000, path: /}}\n" for r in ("liveness", "readiness", "scoring"))
+    text = DEPLOYMENT.replace("  conda_file: conda.yaml\n", "  inference_config:\n" + routes)
+    text = text.replace("code_configuration:\n  code: code\n  scoring_script: score.py\n", "")
+    text = text.replace('  GUNICORN_CMD_ARGS: "--worker-class gthread --threads 72 --graceful-timeout 170"\n', "")
+    text = text.replace(
+        "environment_variables:\n", "model_mount_path: /m\nenvironment_variables:\n  AZUREML_MODEL_DIR: /m\n"
+    )
+    path.write_text(text.replace("initial_delay: 330", "initial_delay: 30"))
+    assert [str(problem) for problem in check_file(path)] == []
 
 
 # The command ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Rules for the numbers of an online deployment, which must fit one another: times, threads, probes, instances."""
 
 import itertools
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -55,6 +56,8 @@ def check_times(document: Document) -> Iterator[Problem]:
             f"MPT_DEADLINE_MS {deadline} is not below request_timeout_ms {timeout}: callers get 408 and no text",
             f'set MPT_DEADLINE_MS: "{max(timeout - 10_000, timeout // 2)}"',
         )
+    if not served_by_host(document):
+        return
     graceful = _number(_flag(document, "--graceful-timeout"), 30)
     if graceful * 1000 < min(deadline, timeout):
         yield document.problem(
@@ -76,6 +79,8 @@ def check_host(document: Document) -> Iterator[Problem]:
         concurrency = 1
     elif concurrency < 1:
         yield document.problem(at, "concurrency", f"{concurrency} requests at a time is none", "set it to MPT_MAX_ROWS")
+    if not served_by_host(document):
+        return
     arguments, where = env(document, "GUNICORN_CMD_ARGS") or "", env_place("GUNICORN_CMD_ARGS")
     kind = _flag(document, "--worker-class") or _flag(document, "-k")
     needed = 2 * concurrency + SPARE_THREADS
@@ -152,10 +157,8 @@ def check_instances(document: Document) -> Iterator[Problem]:
         )
 
 
-_PROBE = {"initial_delay": (1, 10), "period": (1, 10), "timeout": (1, 2), "success_threshold": (1, 1)} | {
-    "failure_threshold": (1, 30)
-}
-"""Smallest value and Azure's default of each number of a probe; seconds, and counts."""
+_PROBE = {"initial_delay": 10, "period": 10, "timeout": 2, "success_threshold": 1, "failure_threshold": 30}
+"""Azure's defaults; seconds, and counts. The smallest value of each is 1."""
 
 
 def check_probes(document: Document) -> Iterator[Problem]:
@@ -163,20 +166,19 @@ def check_probes(document: Document) -> Iterator[Problem]:
     config = model_config(document)
     for probe in ("liveness_probe", "readiness_probe"):
         number = {}
-        for key, (low, default) in _PROBE.items():
+        for key, default in _PROBE.items():
             value = whole(document.get(probe, key, default=default))
-            if value is not None and value < low:
-                said = f"{probe}.{key} is {value}"
-                yield document.problem((probe, key), "probe-value", said, f"set {low} or more")
-            number[key] = max(default if value is None else value, low)
+            if value is not None and value < 1:
+                yield document.problem((probe, key), "probe-value", f"{probe}.{key} is {value}", "set 1 or more")
+            number[key] = max(default if value is None else value, 1)
         if number["timeout"] > number["period"]:
             said = f"{probe} waits {number['timeout']} s for an answer but asks every {number['period']} s"
             yield document.problem((probe, "timeout"), "probe-timeout", said, "make timeout at most period")
         if probe == "liveness_probe" and number["success_threshold"] != 1:
             said = "a liveness probe succeeds at the first answer"
             yield document.problem((probe, "success_threshold"), "probe-value", said, "set success_threshold: 1")
-        if config is None:
-            continue
+        if config is None or (probe == "liveness_probe" and not served_by_host(document)):
+            continue  # another server may well answer before it has loaded
         weights_gb = config.n_parameters * BYTES[model_dtype(document)] / 1e9
         needed = START_S + weights_gb / LOAD_GB_PER_S
         patience = number["initial_delay"] + number["period"] * number["failure_threshold"]
@@ -185,7 +187,7 @@ def check_probes(document: Document) -> Iterator[Problem]:
                 (probe,),
                 "probe-budget",
                 f"{probe} gives up after {patience} s, but {weights_gb:.1f} GB may take {needed:.0f} s to load",
-                f"set initial_delay: {max(round(needed - patience + number['initial_delay'] + 5, -1), 10)}",
+                f"set initial_delay: {math.ceil(needed - patience + number['initial_delay'])}",
             )
 
 
@@ -200,6 +202,11 @@ def check_data_collector(document: Document) -> Iterator[Problem]:
                 f"nothing would ever be collected in `{name}`: mptserve has no call for it",
                 "collect `request` or `response`, which Azure fills itself",
             )
+
+
+def served_by_host(document: Document) -> bool:
+    """Whether azmlinfsrv runs our code; without code_configuration the image brings a server of its own."""
+    return document.get("code_configuration") is not None
 
 
 def env(document: Document, name: str) -> str | None:

@@ -27,7 +27,7 @@ def check_variables(document: Document, *inside: str) -> Iterator[Problem]:
                 else "write a text in quotes"
             )
             yield document.problem((*at, name), "env-text", said, fix)
-        if name == "AZUREML_MODEL_DIR":
+        if name == "AZUREML_MODEL_DIR" and document.get("model_mount_path") is None:
             said = "AZUREML_MODEL_DIR is Azure's own: it says where the model was mounted"
             yield document.problem((*at, name), "env-reserved", said, "remove it; name the model with `model:`")
         elif name.startswith("MPT_"):
