@@ -23,6 +23,7 @@ def listen(host: str, port: int, silence_s: float = SILENCE_S) -> socket.socket:
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; inherited by every connection
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
     sock.bind((host, port))
+    sock.listen(BACKLOG)  # who comes before the server runs waits for it
     return sock
 
 
