@@ -51,7 +51,8 @@ def text(writer: PromptWriter, *messages: Message, template: str | None = None) 
         ),
         (
             "dolly-30b",
-            f"{INTRO}Be kind.\n\n### Instruction\nHi!\n\n### Response\nHello.\n\n### Instruction\nBye.\n\n### Response\n",
+            f"{INTRO}Be kind.\n\n### Instruction\nHi!\n\n### Response\nHello.\n\n"
+            "### Instruction\nBye.\n\n### Response\n",
         ),
         ("dialogue", "Be kind.\n\nUser: Hi!\nAssistant: Hello.\nUser: Bye.\nAssistant:"),
         ("human-bot", "<human>Be kind. <human>Hi! <bot>Hello. <human>Bye. <bot>"),

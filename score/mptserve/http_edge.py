@@ -22,10 +22,19 @@ log = logging.getLogger(__name__)
 
 OPEN = ("/", "/health/live", "/health/ready")
 """What needs no key: the page, which asks its user for one, and the probes."""
+MAX_HEAD_BYTES = 32_768
+"""Of a request's headers; more is answered 431, and 400 by the server itself when it does not come in one piece."""
 DISCARD_BYTES = 100_000_000
 """So much of a body that is too large is read and forgotten: a client that cannot finish sending never sees why."""
 SILENCE_S = 60.0
 """A client that sends nothing, or takes nothing, for so long is given up."""
+
+
+class HeadersTooLarge(ScoringError):
+    """More than any caller of ours needs."""
+
+    status = 431
+    code = "headers_too_large"
 
 
 class Edge:
@@ -60,6 +69,8 @@ class Edge:
             await send(message)
 
         try:
+            if (size := sum(len(name) + len(value) for name, value in scope["headers"])) > MAX_HEAD_BYTES:
+                raise HeadersTooLarge(f"the headers must have at most {MAX_HEAD_BYTES} bytes, got {size}")
             if self._keys is not None and scope["path"] not in OPEN:
                 self._keys.check(_key(headers))
             body = await self._body(headers, receive)

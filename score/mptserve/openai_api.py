@@ -242,7 +242,10 @@ class Writer:
         return {
             "tokens": texts,
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [{self._text(id): p for id, p in reversed(t.top)} for t in tokens],
+            "top_logprobs": [  # the chosen one, and others; of two that are spelled alike, the likelier
+                dict([(self._text(t.id), t.logprob), *((self._text(id), p) for id, p in reversed(t.top))])
+                for t in tokens
+            ],
             "text_offset": offsets,
         }
 

@@ -366,7 +366,8 @@ def _rule(error: ValidationError) -> tuple[str, str]:
     schema: Any = error.schema
     match error.validator:
         case "type":
-            return "wrong_type", "be a whole number" if limit == "integer" else f"be a {limit}"
+            names = {"integer": "a whole number", "object": "an object", "array": "a list"}
+            return "wrong_type", f"be {names.get(limit, f'a {limit}')}"
         case "required":
             missing = next(name for name in limit if name not in value)
             return "missing_field", f"have `{missing}`"

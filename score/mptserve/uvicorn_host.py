@@ -7,10 +7,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mptserve.http_edge import SILENCE_S
+from mptserve.http_edge import MAX_HEAD_BYTES, SILENCE_S
 
-MAX_HEAD_BYTES = 32_768
-"""Of a request's line and headers; more is answered 400. Azure's front door lets about as much through."""
 BACKLOG = 1024
 
 
