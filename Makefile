@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5001
+OPENAI_PORT ?= 8451
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo serve test test-all check format bench clean
+.PHONY: help install demo serve openai test test-all check format bench clean
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
@@ -23,6 +24,9 @@ demo: install ## Start Azure's server on the embedded model, post the sample req
 
 serve: install ## Keep the server running; AZUREML_MODEL_DIR=/models/mpt-7b serves your own model
 	@$(BIN)/mptserve serve --port $(PORT)
+
+openai: install ## Serve OpenAI's API, /score and a page to play on
+	@AZUREML_MODEL_DIR="$${AZUREML_MODEL_DIR:-samples/mpt-8m}" $(BIN)/python score/openai_app.py --port $(OPENAI_PORT)
 
 test: install ## The fast tests: CPU, offline
 	@$(BIN)/python -m pytest

@@ -145,7 +145,7 @@ async def models(service: Ready) -> dict[str, Any]:
     return {"object": "list", "data": [openai_api.model(service)]}
 
 
-@router.get("/v1/models/{name:path}", summary="Describe the one model.")
+@router.get("/v1/models/{name:path}", summary="Describe the one model.", responses=openai_api.NOT_FOUND)
 async def model(name: str, service: Ready) -> dict[str, Any]:
     if name != service.model_name:
         raise as_error(HTTPException(404, f"the model is {service.model_name}"), "GET")

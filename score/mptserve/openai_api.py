@@ -52,6 +52,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 """What routes may answer beside 200, for the OpenAPI description."""
+NOT_FOUND: dict[int | str, dict[str, Any]] = {404: ERRORS[400] | {"description": "No such model."}}
 
 
 def completion_request(service: Service, body: CompletionRequest) -> GenerateRequest:

@@ -55,8 +55,8 @@ class PromptWriter:
     def __init__(self, folders: list[Path], tokenizer: Tokenizer, choice: str) -> None:
         """Read the templates.
 
-        folders: where the checkpoint's `chat_template.jinja`, `tokenizer_config.json` and `generation_config.json` may
-        be.  choice: `auto`, or a name.  Raises BadSetting for a choice that is not there and UnsupportedModel for an
+        folders: where the checkpoint's `chat_template.jinja` or `.json`, `tokenizer_config.json` and
+        `generation_config.json` may be.  choice: `auto`, or a name.  Raises BadSetting for a choice that is not there and UnsupportedModel for an
         own template that is none.
         """
         self._tokenizer = tokenizer
@@ -157,21 +157,23 @@ def _own_template(folders: list[Path]) -> str | None:
     for folder in folders:
         if (path := folder / "chat_template.jinja").is_file():
             return path.read_text(encoding="utf-8")
-        found = _json_file(folder / "tokenizer_config.json").get("chat_template")
-        if isinstance(found, list):  # several, by name
-            found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
-        if isinstance(found, str):
-            return found
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            found = _json_file(folder / name).get("chat_template")
+            if isinstance(found, list):  # several, by name
+                found = {t.get("name"): t.get("template") for t in found if isinstance(t, dict)}.get("default")
+            if isinstance(found, str):
+                return found
     return None
 
 
 def _own_stop(folders: list[Path]) -> tuple[str, ...]:
-    """Return `stop_strings` of generation_config.json, which is where `transformers` keeps them."""
+    """Return `stop_strings`, of the template's file or of generation_config.json, where `transformers` keeps them."""
     for folder in folders:
-        found = _json_file(folder / "generation_config.json").get("stop_strings")
-        strings = [found] if isinstance(found, str) else found
-        if isinstance(strings, list) and all(isinstance(s, str) and s for s in strings):
-            return tuple(strings)
+        for name in ("chat_template.json", "generation_config.json"):
+            found = _json_file(folder / name).get("stop_strings")
+            strings = [found] if isinstance(found, str) else found
+            if isinstance(strings, list) and all(isinstance(s, str) and s for s in strings):
+                return tuple(strings)
     return ()
 
 
