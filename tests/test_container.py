@@ -91,6 +91,6 @@ def test_routes_and_ports_of_deployment_image_and_door_agree():
 def test_microsofts_loader_reads_both_files():
     ml = pytest.importorskip("azure.ai.ml", reason="needs azure-ai-ml")
     environment = ml.load_environment(ENVIRONMENT / "container.yml")
-    assert environment.inference_config["scoring_route"]["path"] == "/score"
+    assert environment.inference_config["scoringRoute"] == {"port": 8451, "path": "/score"}
     deployment = ml.load_online_deployment(ROOT / "endpoint" / "online" / "container.yml")
     assert (deployment.name, deployment.model_mount_path) == ("container", "/models")

@@ -136,6 +136,8 @@ OUT_OF_RANGE = [
     ("MPT_MAX_NEW_TOKENS", "1048577", "between 1 and 1048576"),
     ("MPT_MAX_SEQUENCES", "0", "between 1 and 1024"),
     ("MPT_MAX_SEQUENCES", "1025", "between 1 and 1024"),
+    ("MPT_CONTENT_SAFETY_SEVERITY", "0", "between 1 and 7"),
+    ("MPT_CONTENT_SAFETY_SEVERITY", "8", "between 1 and 7"),
 ]
 
 

@@ -56,8 +56,8 @@ class PromptWriter:
         """Read the templates.
 
         folders: where the checkpoint's `chat_template.jinja` or `.json`, `tokenizer_config.json` and
-        `generation_config.json` may be.  choice: `auto`, or a name.  Raises BadSetting for a choice that is not there and UnsupportedModel for an
-        own template that is none.
+        `generation_config.json` may be.  choice: `auto`, or a name.  Raises BadSetting for a choice that is not there
+        and UnsupportedModel for an own template that is none.
         """
         self._tokenizer = tokenizer
         self._environment = ImmutableSandboxedEnvironment(

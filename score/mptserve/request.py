@@ -59,7 +59,7 @@ class GenerateRequest:
     @property
     def chat(self) -> bool:
         """Whether the request is one conversation, whose answer has a shape of its own."""
-        return isinstance(self.prompts[0].prompt, ChatPrompt)
+        return any(isinstance(p.prompt, ChatPrompt) for p in self.prompts)
 
 
 @dataclass(frozen=True)
