@@ -182,6 +182,7 @@ def test_messages_may_come_in_parts_and_from_developers(client):
     assert first.choices[0].message.content == second.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_a_chat_without_a_limit_gets_what_there_is_room_for(client):
     long = "word " * 1900
     found = client.chat.completions.create(model="m", messages=[{"role": "user", "content": long}], seed=1)
@@ -328,6 +329,7 @@ def test_asynchronous_clients_share_the_engine(door):
     assert len(set(asyncio.run(ask()))) == 1
 
 
+@pytest.mark.slow
 def test_a_busy_server_says_when_to_come_back():
     with Door({"MPT_QUEUE_LIMIT": "1", "MPT_MAX_ROWS": "1"}) as busy:
         long = {"prompt": STORY, "max_tokens": 1500, "n": 4, "ignore_eos": True, "stream": True}

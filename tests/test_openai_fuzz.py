@@ -46,6 +46,7 @@ def test_every_route_is_described(described):
     assert sorted(found) == sorted(OPERATIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.name)
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
 def test_nothing_that_the_description_allows_or_forbids_is_an_error_of_ours(described, method, path, mode):

@@ -148,20 +148,21 @@ def test_nothing_passes_when_the_judge_cannot_be_asked(guarded, judge):
     assert STORY not in json.dumps(found)
 
 
+@pytest.mark.slow
 def test_a_stream_shows_only_what_was_judged(environ, judge):
     with Door(environ) as door:
-        body = request(STORY, max_new_tokens=160, seed=3, stream=True, ignore_eos=True, return_full_text=False)
+        body = request(STORY, max_new_tokens=110, seed=3, stream=True, ignore_eos=True, return_full_text=False)
         with Stream(door.port, body) as stream:
             events = list(stream.events)
         text = joined(events)[0, 0]
-        assert len([e for e in events if e.name == "text"]) > 2
+        assert len([e for e in events if e.name == "text"]) > 1
         plain = post(
-            door.port, request(STORY, max_new_tokens=160, seed=3, ignore_eos=True, return_full_text=False)
+            door.port, request(STORY, max_new_tokens=110, seed=3, ignore_eos=True, return_full_text=False)
         ).json
         assert plain == [{"0": text}]
 
-        middle = text[len(text) // 2 :].split()
-        judge.bad = {f" {middle[1]} {middle[2]} {middle[3]}"}
+        late = text[-60:].split(" ")
+        judge.bad = {f"{late[1]} {late[2]}"}  # beyond the first portion
         with Stream(door.port, body) as stream:
             events = list(stream.events)
         shown = joined(events).get((0, 0), "")
@@ -172,7 +173,7 @@ def test_a_stream_shows_only_what_was_judged(environ, judge):
         assert result["finish_reason"] == "content_filter"
         assert result["content_safety"]["answer"] == SEVERE
 
-        chat = {"prompt": STORY, "max_tokens": 160, "seed": 3, "ignore_eos": True}
+        chat = {"prompt": STORY, "max_tokens": 110, "seed": 3, "ignore_eos": True}
         (choice,) = post(door.port, chat, path="/v1/completions").json["choices"]
         assert (choice["text"], choice["finish_reason"]) == ("", "content_filter")
         judge.bad = {"upon"}
