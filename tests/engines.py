@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence
-from mptserve.engine.attention import Chunk, PagedAttention, SlotAttention
+from mptserve.engine.attention import Chunk, SlotAttention
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import parse_config
 from mptserve.engine.kv_cache import PagedCache, SlotCache
 from mptserve.engine.model import MPT
+from mptserve.engine.paged_attention import PagedAttention
 from mptserve.engine.runner import Runner
 from mptserve.engine.scheduler import Scheduler
 from mptserve.engine.weights import Placement, load_model
@@ -45,20 +46,25 @@ def make_engine(
     max_rows: int = 16,
     prefill_tokens: int = 512,
     paged: bool = False,
+    kernels: bool = False,
+    kv_dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> MPTEngine:
-    """Return a running engine on a CPU; `paged` takes the GPU's cache and attention."""
+    """Return a running engine on a CPU; `paged` takes the GPU's cache and plain attention, `kernels` its kernels too,
+    which Triton must be interpreting."""
     config = model.config
     cache: Any
-    attention: Any
-    if paged:
-        cache = PagedCache(config, n_blocks, torch.float32, CPU)
-        attention = PagedAttention(config, cache)
+    limits = {"max_tokens": min(config.max_seq_len, n_blocks * 32), "queue_limit": 10_000} | options
+    if paged or kernels:
+        cache = PagedCache(config, n_blocks, kv_dtype, CPU, max_rows)
     else:
         cache = SlotCache(config, n_blocks, max_rows, config.max_seq_len)
-        attention = SlotAttention(config, cache)
-    scheduler = Scheduler(cache, max_rows, prefill_tokens, exact_resume=not paged)
-    limits = {"max_tokens": min(config.max_seq_len, n_blocks * 32), "queue_limit": 10_000} | options
+    scheduler = Scheduler(cache, max_rows, prefill_tokens, exact_resume=not (paged or kernels))
+    if kernels:
+        from mptserve.engine.gpu_runner import GpuRunner
+
+        return MPTEngine(GpuRunner(model, cache, max_rows, limits["max_tokens"]), scheduler, **limits)
+    attention: Any = PagedAttention(config, cache) if paged else SlotAttention(config, cache)
     return MPTEngine(Runner(model, attention), scheduler, **limits)
 
 

@@ -93,9 +93,12 @@ def test_version_is_said_once_in_each_place(project):
 def test_every_package_is_packaged(project):
     found = {".".join(path.parent.relative_to(SCORE).parts) for path in PACKAGE.rglob("*.py")}
     assert set(project["tool"]["setuptools"]["packages"]) == found
-    data = {path.suffix for path in PACKAGE.iterdir() if path.is_file() and path.suffix != ".py"}
-    assert data == {".json", ".html"}
-    assert project["tool"]["setuptools"]["package-data"] == {"mptserve": ["*.json", "*.html"]}
+    data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    packages = {".".join(path.parent.relative_to(SCORE).parts) for path in data}
+    assert {path.suffix for path in data} == {".json", ".html"}
+    assert project["tool"]["setuptools"]["package-data"] == {
+        name: ["*.json", "*.html"] if name == "mptserve" else ["*.json"] for name in packages
+    }
 
 
 def test_licence_is_apache_2(project):
@@ -244,6 +247,8 @@ print(json.dumps({
 
 def test_importing_every_module_does_no_work(tmp_path):
     command = [sys.executable, "-W", "error", "-I", "-c", f"import sys; sys.path.insert(0, {str(SCORE)!r}); {WATCH}"]
-    done = subprocess.run([*command, *MODULES], capture_output=True, text=True, cwd=tmp_path, env={}, check=False)
+    # What only a GPU needs may import Triton; nothing else may import what does.
+    modules = [m for m in MODULES if m.rpartition(".")[2] not in ("kernels", "gpu_linear", "gpu_runner")]
+    done = subprocess.run([*command, *modules], capture_output=True, text=True, cwd=tmp_path, env={}, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == {"changed": {}, "read": [], "heavy": []}

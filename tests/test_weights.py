@@ -41,6 +41,7 @@ def test_gpus_without_bfloat16_get_float16(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr("mptserve.engine.weights.why_no_kernels", lambda _: "")
     assert choose_placement("auto", "auto").dtype == getattr(torch, dtype)
 
 

@@ -1,10 +1,11 @@
-"""The `mptserve` command: serve a model on this machine through Azure's own server, or see it answer once."""
+"""The `mptserve` command: serve a model on this machine through Azure's own server, see it answer once, check YAML."""
 
 import argparse
 import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import urllib.error
@@ -14,6 +15,7 @@ from pathlib import Path
 from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
 
 SAMPLES = SCORE_DIR.parent / "samples"
+ROLLOUT = SCORE_DIR.parent / "endpoint" / "rollout.sh"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -22,17 +24,36 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     serve = commands.add_parser("serve", help="keep azmlinfsrv running on the model in AZUREML_MODEL_DIR")
     demo = commands.add_parser("demo", help="start it, post one request, print the answer, stop")
-    for command in (serve, demo):
-        command.add_argument("--port", type=int, default=5001)
+    measure = commands.add_parser("bench", help="measure this machine with the model, and how far it is from its limit")
+    measure.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
+    measure.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    measure.add_argument("--new", type=int, default=32, help="tokens to generate for each")
+    measure.add_argument("--rounds", type=int, default=3, help="medians are taken over this many")
+    for command in (serve, demo, measure):
         command.add_argument(
             "--model-dir",
             default=os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m"),
             help="checkpoint folder",
         )
+    for command in (serve, demo):
+        command.add_argument("--port", type=int, default=5001)
         command.add_argument(
             "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
         )
+    commands.add_parser("check", help="find mistakes in Azure ML YAML, offline, or see which machines a model fits")
+    commands.add_parser("rollout", help="replace a deployment on Azure step by step, by endpoint/rollout.sh")
+    first, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if first == "check":
+        from mptserve.check.command import main as check  # imports PyTorch, which the other commands need not wait for
+
+        return check(rest)
+    if first == "rollout":
+        return subprocess.run(["bash", str(ROLLOUT), *rest], check=False).returncode
     args = parser.parse_args(argv)
+    if args.command == "bench":
+        from mptserve import bench  # takes PyTorch, which the other commands leave to the server
+
+        return bench.run(Path(args.model_dir), args.rows, args.prompt, args.new, args.rounds)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind
     try:
         with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:

@@ -73,16 +73,6 @@ class Service:
         folders = list(dict.fromkeys([checkpoint.folder, checkpoint.tokenizer.parent]))
         self.prompts = PromptWriter(folders, self.tokenizer, settings.chat_template)
         self.safety = content_safety(settings)
-        options = EngineOptions(
-            settings.device,
-            settings.dtype,
-            settings.max_seq_len,
-            settings.kv_cache_gb,
-            settings.max_rows,
-            settings.prefill_tokens,
-            settings.queue_limit,
-            settings.cpu_threads,
-        )
         start: Callable[..., Engine] = start_engine
         if settings.engine == "transformers":
             from mptserve.engine.reference import start_reference_engine as start
@@ -90,7 +80,7 @@ class Service:
             checkpoint.folder,
             config,
             self.tokenizer.n_tokens,
-            options,
+            engine_options(settings),
             on_finish=self.metrics.sequence,
             on_failure=on_failure,
         )
@@ -362,4 +352,19 @@ def score_event(item: Piece | list[Result] | None, tokenizer: Tokenizer) -> str:
         return event("text", {"prompt": item.running.prompt, "sequence": item.running.number, "text": item.text})
     return event(
         "done", {"results": [{"prompt": r.prompt, "sequence": r.number} | details(r, tokenizer) for r in item]}
+    )
+
+
+def engine_options(settings: Settings) -> EngineOptions:
+    """Return the settings that concern the engine."""
+    return EngineOptions(
+        settings.device,
+        settings.dtype,
+        settings.kv_dtype,
+        settings.max_seq_len,
+        settings.kv_cache_gb,
+        settings.max_rows,
+        settings.prefill_tokens,
+        settings.queue_limit,
+        settings.cpu_threads,
     )

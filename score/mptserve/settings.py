@@ -42,6 +42,12 @@ class Settings:
         "auto: bfloat16 where the hardware computes it, else float16 (GPU) or float32 (CPU)",
         choices=("auto", "bfloat16", "float16", "float32"),
     )
+    kv_dtype: str = _setting(
+        "MPT_KV_DTYPE",
+        "auto",
+        "keys and values on a GPU; auto: the model's dtype; int8: half the memory and reading, error below 1 %",
+        choices=("auto", "int8"),
+    )
     max_seq_len: int = _setting(
         "MPT_MAX_SEQ_LEN",
         0,

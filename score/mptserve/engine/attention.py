@@ -12,11 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from mptserve.engine.config import MPTConfig
-from mptserve.engine.kv_cache import PagedCache, SlotCache
+from mptserve.engine.kv_cache import SlotCache
 from mptserve.engine.model import alibi_slopes
 from mptserve.engine.sequence import BLOCK, Sequence
 
@@ -200,67 +199,3 @@ def _groups(decodes: Seq[Sequence], key_step: int, tokens_per_call: int) -> list
                 continue
         groups.append((i, i + 1, n_keys))
     return groups
-
-
-class PagedAttention:
-    """Attention over a PagedCache in plain PyTorch, on any device: right, and simple, by gathering a row's blocks.
-
-    Scores, biases and softmax are float32.
-    """
-
-    def __init__(self, config: MPTConfig, cache: PagedCache) -> None:
-        self.config, self.cache = config, cache
-        self.slopes = alibi_slopes(config.n_heads, config.alibi_bias_max).to(cache.kv.device)
-
-    def plan(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> "PagedPlan":
-        return PagedPlan(self, decodes, chunks)
-
-
-class PagedPlan:
-    """One step's attention over blocks; call it with (layer, q [N, H, D], kv [N, 2, H, D])."""
-
-    def __init__(self, attention: PagedAttention, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> None:
-        self.kv_cache, self.scale = attention.cache.kv, attention.config.scale
-        self.slopes, device = attention.slopes, attention.cache.kv.device
-        spans = [(s, s.n_computed, 1) for s in decodes] + [(c.seq, c.start, c.n) for c in chunks]
-        where = [(s.blocks[p // BLOCK], p % BLOCK) for s, start, n in spans for p in range(start, start + n)]
-        self.write_block, self.write_offset = torch.tensor(where, device=device).T
-        n_blocks = max((len(s.blocks) for s in decodes), default=0)
-        table = [s.blocks + [0] * (n_blocks - len(s.blocks)) for s in decodes]
-        self.n_decodes = len(decodes)
-        self.decode_table = torch.tensor(table, dtype=torch.long, device=device)
-        self.decode_position = torch.tensor([[s.n_computed] for s in decodes], device=device)
-        self.prefills = [
-            (
-                torch.tensor([c.seq.blocks[: -(-(c.start + c.n) // BLOCK)]], device=device),
-                torch.arange(c.start, c.start + c.n, device=device)[None],
-            )
-            for c in chunks
-        ]
-
-    def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
-        kv_cache = self.kv_cache[layer]
-        n_written = len(self.write_block)
-        kv_cache[:, self.write_block, :, self.write_offset] = kv[:n_written].to(kv_cache.dtype)
-        out = torch.zeros_like(q)
-        if self.n_decodes:
-            rows = q[: self.n_decodes, None]
-            out[: self.n_decodes] = self._attend(kv_cache, rows, self.decode_table, self.decode_position)[:, 0]
-        first = self.n_decodes
-        for table, positions in self.prefills:
-            for t in range(0, positions.shape[1], 128):  # bounds the [H, 128, S] scores
-                part = positions[:, t : t + 128]
-                rows = q[None, first : first + part.shape[1]]
-                out[first : first + part.shape[1]] = self._attend(kv_cache, rows, table, part)[0]
-                first += part.shape[1]
-        return out.view(len(q), -1)
-
-    def _attend(self, kv_cache: Tensor, q: Tensor, table: Tensor, positions: Tensor) -> Tensor:
-        """q [B, T, H, D], table [B, blocks], positions [B, T] of the queries -> [B, T, H, D]."""
-        keys, values = rearrange(kv_cache[:, table], "two b block h t d -> two b (block t) h d")
-        u = torch.arange(keys.shape[1], device=q.device) - positions[..., None]  # [B, T, S]
-        bias = self.slopes[:, None, None] * u[:, None]
-        bias = bias.masked_fill(u[:, None] > 0, -torch.inf)
-        scores = torch.einsum("bthd,bshd->bhts", q.float() * self.scale, keys.float()) + bias
-        out = torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values.float())
-        return out.to(q.dtype)

@@ -101,6 +101,7 @@ class WeightReader:
                 published = _modern_name(name) if config.model_type == "mosaic_gpt" else name
                 shapes[published], self._handles[published] = shape, (handle, name)
         _compare(shapes, config.tensor_shapes(), folder)
+        self.names = list(config.tensor_shapes())
 
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU, mapped from the file where possible: no copy until it is used."""

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from mptserve.engine import MPTEngine, SamplingParams
-from mptserve.engine.attention import PagedAttention, SlotAttention
+from mptserve.engine.attention import SlotAttention
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import MPTConfig
 from mptserve.engine.kv_cache import PagedCache, SlotCache, n_blocks_for
 from mptserve.engine.memory import available_bytes, available_cores
 from mptserve.engine.model import MPT
-from mptserve.engine.runner import Attention, Runner, ThreadSpeed, measure_thread_speed
+from mptserve.engine.paged_attention import PagedAttention
+from mptserve.engine.runner import Runner, StepRunner, ThreadSpeed, measure_thread_speed
 from mptserve.engine.scheduler import Cache, Scheduler
 from mptserve.engine.sequence import BLOCK, Sequence
 from mptserve.engine.weights import Placement, check_fit, choose_placement, load_model
@@ -31,6 +32,7 @@ class EngineOptions:
 
     device: str = "auto"
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     max_seq_len: int = 0
     kv_cache_gb: float = 0.0
     max_rows: int = 32
@@ -50,7 +52,7 @@ def start_engine(
 ) -> MPTEngine:
     """Return a running, warmed-up engine for the checkpoint in `folder`; raises StartupError's children."""
     started = time.monotonic()
-    place = choose_placement(options.device, options.dtype)
+    place = choose_placement(options.device, options.dtype, options.kv_dtype)
     max_seq_len = options.max_seq_len or config.max_seq_len
     reader = WeightReader(folder, config)
     check_fit(config, place, max_seq_len)
@@ -67,7 +69,8 @@ def start_engine(
     # which halves the speed of small models.
     with ThreadPoolExecutor(max_workers=1) as loader:
         model, speed = loader.submit(load).result()
-    _warm_up(assemble(model, place, min(max_seq_len, 4 * BLOCK), options, speed))
+    if not place.kernels:  # these warm up while they capture graphs
+        _warm_up(assemble(model, place, min(max_seq_len, 4 * BLOCK), options, speed))
     engine = assemble(model, place, max_seq_len, options, speed, on_finish=on_finish, on_failure=on_failure)
     log.info(
         "engine ready",
@@ -98,18 +101,27 @@ def assemble(
     """Return a running engine around a loaded model, its cache sized from the memory that is free now."""
     config = model.config
     n_blocks = _n_blocks(config, place, max_seq_len, options)
+    max_tokens = min(max_seq_len, n_blocks * BLOCK)
     cache: Cache
-    attention: Attention
+    runner: StepRunner
     if place.device.type == "cpu":
-        slots = SlotCache(config, n_blocks, options.max_rows, min(max_seq_len, n_blocks * BLOCK))
-        cache, attention = slots, SlotAttention(config, slots)
+        slots = SlotCache(config, n_blocks, options.max_rows, max_tokens)
+        cache = slots
+        runner = Runner(model, SlotAttention(config, slots), speed, options.cpu_threads or available_cores())
     else:
-        pages = PagedCache(config, n_blocks, place.kv_dtype, place.device)
-        cache, attention = pages, PagedAttention(config, pages)
+        pages = PagedCache(config, n_blocks, place.kv_dtype, place.device, options.max_rows)
+        cache = pages
+        if place.kernels:
+            from mptserve.engine.gpu_runner import GpuRunner  # needs Triton
+
+            runner = GpuRunner(model, pages, options.max_rows, max_tokens)
+            runner.capture()
+        else:
+            runner = Runner(model, PagedAttention(config, pages))
     return MPTEngine(
-        Runner(model, attention, speed, options.cpu_threads or available_cores()),
+        runner,
         Scheduler(cache, options.max_rows, options.prefill_tokens, exact_resume=place.device.type == "cpu"),
-        max_tokens=min(max_seq_len, n_blocks * BLOCK),
+        max_tokens=max_tokens,
         queue_limit=options.queue_limit,
         on_finish=on_finish,
         on_failure=on_failure,
@@ -118,7 +130,7 @@ def assemble(
 
 def _n_blocks(config: MPTConfig, place: Placement, max_seq_len: int, options: EngineOptions) -> int:
     """Return the blocks that the cache may hold: as set, or a share of free memory, never more than can be used."""
-    block_bytes = BLOCK * config.kv_bytes_per_token(place.kv_dtype.itemsize)
+    block_bytes = BLOCK * place.kv_bytes_per_token(config)
     if options.kv_cache_gb:
         budget = options.kv_cache_gb * 1e9
     else:  # a GPU is ours; a machine's memory is also the page cache's and the HTTP server's

@@ -2,12 +2,15 @@
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mptserve.engine.capability import why_no_kernels
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import MPTConfig
 from mptserve.engine.memory import available_bytes
@@ -22,17 +25,21 @@ MIN_KV_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model runs. kv_dtype: of the keys and values, which are float32 on a CPU (see kv_cache.py)."""
+    """Where a model runs. kv_dtype: of the keys and values, float32 on a CPU (see kv_cache.py), the model's own or
+    int8 on a GPU.  kernels: whether our Triton kernels run there."""
 
     device: torch.device
     dtype: torch.dtype
+    kv_dtype: torch.dtype = torch.float32
+    kernels: bool = False
 
-    @property
-    def kv_dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.type == "cpu" else self.dtype
+    def kv_bytes_per_token(self, config: MPTConfig) -> int:
+        """Return the bytes that one token's keys and values take over all layers, 8-bit ones with their scales."""
+        scales = 2 * config.n_layers * config.n_heads * 4 if self.kv_dtype == torch.int8 else 0
+        return config.kv_bytes_per_token(self.kv_dtype.itemsize) + scales
 
 
-def choose_placement(device: str, dtype: str) -> Placement:
+def choose_placement(device: str, dtype: str, kv_dtype: str = "auto") -> Placement:
     """Return device and dtype for the settings' words; raises BadSetting when the hardware lacks what they ask for."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +51,14 @@ def choose_placement(device: str, dtype: str) -> Placement:
     chosen: torch.dtype = getattr(torch, dtype)
     if where.type == "cpu" and chosen == torch.float16:
         raise BadSetting("MPT_DTYPE float16 is for GPUs; use bfloat16 or float32 on a CPU")
-    return Placement(where, chosen)
+    if kv_dtype == "int8" and where.type == "cpu":
+        raise BadSetting("MPT_KV_DTYPE int8 is for GPUs; a CPU reads float32 keys and values faster")
+    if where.type == "cpu":
+        return Placement(where, chosen)
+    missing = why_no_kernels(where)
+    if missing:
+        log.warning("no Triton kernels, plain PyTorch instead, which is much slower: %s", missing)
+    return Placement(where, chosen, torch.int8 if kv_dtype == "int8" else chosen, kernels=not missing)
 
 
 def _best_dtype(device: torch.device) -> str:
@@ -59,7 +73,7 @@ def check_fit(config: MPTConfig, place: Placement, max_seq_len: int) -> None:
     """Raise DoesNotFit, with the numbers, unless weights and a minimum of KV cache fit in free memory."""
     weights = config.n_parameters * place.dtype.itemsize
     tokens = min(MIN_KV_TOKENS, max_seq_len)
-    kv = tokens * config.kv_bytes_per_token(place.kv_dtype.itemsize)
+    kv = tokens * place.kv_bytes_per_token(config)
     free = available_bytes(place.device)
     log.info(
         "preflight",
@@ -76,13 +90,17 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
     """Return the model on its device.
 
     n_tokens: how many ids the tokenizer has; vocabulary rows beyond are padding and are cut off the output head.
-    Tensors go one by one from the file to their place, so the peak is the model and one tensor.
+    On a CPU tensors go one by one from the file to their place, so the peak is the model and one tensor; a GPU gets
+    them from several readers at once.
     """
     make = _linear_maker(place)
     progress = _Progress(config.n_parameters * place.dtype.itemsize)
+    on_gpu = _load_to_gpu(reader, place, progress) if place.device.type == "cuda" else {}
 
     def tensor(name: str) -> Tensor:
-        t = reader.read(name).to(device=place.device, dtype=place.dtype)
+        if name in on_gpu:
+            return on_gpu.pop(name)
+        t = reader.read(name).to(dtype=place.dtype)
         progress.add(t.numel() * t.itemsize)
         return t
 
@@ -119,7 +137,37 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
 
 
 def _linear_maker(place: Placement) -> Callable[[Tensor, Tensor | None], Linear]:
+    if place.kernels:
+        from mptserve.engine.gpu_linear import KernelLinear  # needs Triton
+
+        return KernelLinear
     return PackedLinear if place.device.type == "cpu" and can_pack(place.dtype) else PlainLinear
+
+
+_READERS = 8
+"""Threads that read weights: one alone copies from the page cache slower than the bus carries on."""
+
+
+def _load_to_gpu(reader: WeightReader, place: Placement, progress: "_Progress") -> dict[str, Tensor]:
+    """Return every tensor on the GPU. Threads read them into pinned memory, a few ahead of the copies to the GPU."""
+
+    def pinned(name: str) -> Tensor:
+        return reader.read(name).contiguous().pin_memory()
+
+    names = deque(reader.names)
+    found: dict[str, Tensor] = {}
+    with ThreadPoolExecutor(_READERS) as readers:
+        ahead: deque[tuple[str, Future[Tensor]]] = deque()
+        while names or ahead:
+            while names and len(ahead) < _READERS:
+                name = names.popleft()
+                ahead.append((name, readers.submit(pinned, name)))
+            name, read = ahead.popleft()
+            tensor = read.result().to(place.device, non_blocking=True)  # PyTorch keeps pinned memory until it is copied
+            found[name] = tensor.to(place.dtype)
+            progress.add(tensor.numel() * tensor.itemsize)
+    torch.cuda.synchronize(place.device)
+    return found
 
 
 class _Progress:

@@ -1,0 +1,51 @@
+"""`mptserve bench` and the load benchmark: that they measure, and that limits are what bytes and operations say."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mptserve.bench import Ceilings, limit
+from mptserve.cli import main
+from mptserve.engine.config import parse_config
+from mptserve.engine.weights import Placement
+from serving import LoggedServer
+from test_weights import MPT_7B
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+H200 = Ceilings(read_gbs=4320, matmul_tflops=769)
+
+
+def test_limits_of_mpt_7b_on_an_h200() -> None:
+    """The figures that a hand calculation gives: 13.30 GB of weights, 524,288 bytes of keys and values per token."""
+    config, place = parse_config(MPT_7B), Placement(torch.device("cpu"), torch.bfloat16, torch.bfloat16)
+    one = limit(config, place, H200, 1, 160, 1)
+    assert 1 / one == pytest.approx(323, abs=1)
+    many = limit(config, place, H200, 64, 64 * 160, 64)
+    assert 64 / many == pytest.approx(14_800, rel=0.01)
+    prompt = limit(config, place, H200, 8192, 8192, 1, 8192 * 8192 // 2)
+    assert prompt * 1e3 == pytest.approx(159, abs=2)
+
+
+def test_bench_prints_a_table_and_a_json_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--rows", "1", "3", "--prompt", "16", "--new", "4", "--rounds", "1"]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    assert "0.008 B parameters" in table[0]
+    found = json.loads(line)
+    assert [case["rows"] for case in found["cases"]] == [1, 3]
+    assert all(case["decode_tok_s"] > 0 and case["first_token_ms"] > 0 for case in found["cases"])
+
+
+def test_the_load_benchmark_counts_every_request(server: LoggedServer, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(BENCHMARKS / "server.py"), "--url", server.url, "--rates", "6"]
+    command += ["--seconds", "1.5", "--new", "8", "--png", str(tmp_path / "load.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    [load] = json.loads(done.stdout.splitlines()[-1])
+    assert (load["refused"], load["failed"]) == (0, 0)
+    assert load["tokens_s"] == pytest.approx(8 * load["requests_s"])
+    assert (tmp_path / "load.png").stat().st_size > 5000
