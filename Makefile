@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5001
+OPENAI_PORT ?= 8451
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo serve azure-local test test-all check check-specs format bench clean
+.PHONY: help install demo serve openai azure-local test test-all check check-specs format bench clean
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -26,6 +27,9 @@ serve: install ## Keep the server running; AZUREML_MODEL_DIR=/models/mpt-7b serv
 
 azure-local: install ## Azure ML on this machine, for the SDK and the notebooks: prints what to paste into a notebook
 	@PYTHONPATH=score:tests $(BIN)/python -m local_azure
+
+openai: install ## Serve OpenAI's API, /score and a page to play on
+	@AZUREML_MODEL_DIR="$${AZUREML_MODEL_DIR:-samples/mpt-8m}" $(BIN)/python score/openai_app.py --port $(OPENAI_PORT)
 
 test: install ## The fast tests: CPU, offline
 	@$(BIN)/python -m pytest
