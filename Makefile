@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5001
+OPENAI_PORT ?= 8451
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo serve test test-all check format bench clean
+.PHONY: help install demo serve openai azure-local test test-all check check-specs format bench clean
 help: ## Say what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed ## Make .venv with the pins of conda.yaml and the development tools
 $(VENV)/.installed: pyproject.toml conda.yaml
@@ -24,6 +25,12 @@ demo: install ## Start Azure's server on the embedded model, post the sample req
 serve: install ## Keep the server running; AZUREML_MODEL_DIR=/models/mpt-7b serves your own model
 	@$(BIN)/mptserve serve --port $(PORT)
 
+azure-local: install ## Azure ML on this machine, for the SDK and the notebooks: prints what to paste into a notebook
+	@PYTHONPATH=score:tests $(BIN)/python -m local_azure
+
+openai: install ## Serve OpenAI's API, /score and a page to play on
+	@AZUREML_MODEL_DIR="$${AZUREML_MODEL_DIR:-samples/mpt-8m}" $(BIN)/python score/openai_app.py --port $(OPENAI_PORT)
+
 test: install ## The fast tests: CPU, offline
 	@$(BIN)/python -m pytest
 
@@ -35,6 +42,9 @@ check: install ## Format check, lint, types, generated docs up to date
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m mptserve.docs --check README.md
+
+check-specs: install ## Whether the YAML in endpoint/ is right, by Microsoft's loader and our rules; PATHS=my-folder for yours
+	@$(BIN)/mptserve check $(or $(PATHS),endpoint)
 
 format: install ## Reformat, fix what lint can, refresh generated docs
 	@$(BIN)/ruff check --fix-only --quiet .

@@ -25,7 +25,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class Case:
     cached: float
     shipped: float | None
     bandwidth: float
+    weights_gb: float = 0.0
 
 
 def main() -> None:
@@ -81,7 +82,29 @@ def main() -> None:
             found["results"][f"{name} {dtype}"] = {case.name: vars(case) for case in cases}
     if not args.no_server:
         found["server"] = measure_server(rounds=args.rounds)
-    print(json.dumps(found))
+    print(json.dumps(summary(found["results"], best) | found))
+
+
+def summary(results: dict[str, Any], best: str) -> dict[str, Any]:
+    """Return the ratios of the largest model measured, in the dtype that the engine would choose if it was measured."""
+    name, dtype = min((key.split() for key in results), key=lambda key: (key[0] != "wide", key[1] != best))
+    cases = results[f"{name} {dtype}"]
+
+    def ratio(case: str) -> float | None:
+        return cases[case]["ours"] / cases[case]["cached"] if case in cases else None
+
+    fraction = None
+    if "decode 1 rows" in cases:
+        one = cases["decode 1 rows"]
+        fraction = one["ours"] * one["weights_gb"] / one["bandwidth"]
+    return {
+        "model": name,
+        "dtype": dtype,
+        "decode_b1_vs_transformers": ratio("decode 1 rows"),
+        "decode_b8_vs_transformers": ratio("decode 8 rows"),
+        "prefill_vs_transformers": ratio(f"prefill 1 x {LONG_PROMPT}"),
+        "bandwidth_fraction_b1": fraction,
+    }
 
 
 def measure_model(name: str, dtype: str, rows: list[int], rounds: int) -> list[Case]:
@@ -102,7 +125,7 @@ def measure_model(name: str, dtype: str, rows: list[int], rounds: int) -> list[C
         cases += show(measure_case(ours, theirs, n, n_new, rounds))
     ours.close()
     theirs.close()
-    return cases
+    return [replace(case, weights_gb=weights_gb) for case in cases]
 
 
 class Contender:

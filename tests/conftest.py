@@ -10,8 +10,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports kernels.py
 
+from doors import Door
 from insights import Ingestion
-from serving import QUEUE_LIMIT, LoggedServer
+from mptserve.service import Service
+from mptserve.settings import read_settings
+from serving import MODEL_DIR, QUEUE_LIMIT, LoggedServer
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +22,21 @@ def server() -> Iterator[LoggedServer]:
     """A server with the launcher's settings, but a queue that a test can fill; shared, so leave it idle."""
     with LoggedServer({"MPT_QUEUE_LIMIT": str(QUEUE_LIMIT)}) as running:
         running.wait_until_healthy()
+        yield running
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[Service]:
+    """The embedded model without a host; shared, so leave it idle."""
+    running = Service(read_settings({"AZUREML_MODEL_DIR": str(MODEL_DIR), "MPT_KV_CACHE_GB": "0.2"}))
+    yield running
+    running.engine.close()
+
+
+@pytest.fixture(scope="session")
+def door() -> Iterator[Door]:
+    """The container door without keys; shared, so leave it idle."""
+    with Door() as running:
         yield running
 
 

@@ -218,9 +218,9 @@ def test_any_of_several_end_tokens_ends(tmp_path: Path) -> None:
 def test_a_stop_check_ends_in_the_same_step(tiny: Tiny) -> None:
     engine, seen = make_engine(tiny.model), list[int]()
 
-    def third(token: int) -> bool:
+    def third(token: int) -> str | None:
         seen.append(token)
-        return len(seen) == 3
+        return "stop" if len(seen) == 3 else None
 
     seq = engine.submit_all([Job([5], SamplingParams(max_new_tokens=50, ignore_eos=True), stop_check=third)])[
         0

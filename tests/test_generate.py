@@ -37,6 +37,14 @@ def test_prompt_text_speed_and_memory_are_printed_streamed_or_not(
     assert text_of(streamed) == text_of(whole) != ""
 
 
+def test_chat_takes_the_models_template(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["generate", "--model", str(EMBEDDED), "--prompt", "Tell me a story", "--n-predict", "4", "--chat"]
+    assert main(asked) == 0
+    counted = re.search(r"(\d+) prompt tokens, \d+ new", capsys.readouterr().out)
+    assert counted is not None
+    assert int(counted[1]) > 4  # the story's words, and the template around them
+
+
 def test_mistakes_are_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--model", "mosaicml/mpt-7b", "--prompt", "x"]) == 1
     captured = capsys.readouterr()

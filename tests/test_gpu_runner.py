@@ -57,6 +57,15 @@ def test_sequences_that_make_room_for_each_other_equal_undisturbed_ones(tiny: Ti
     assert engine.stats().preemptions > 0
 
 
+def test_a_preempted_sequence_that_finds_its_prefix_again_is_undisturbed(tiny: Tiny) -> None:
+    """It comes back with blocks in other places, some of them computed already."""
+    jobs = [job(40, seed, max_new_tokens=n, temperature=0.7) for seed, n in ((1, 30), (2, 30))]
+    want = answers(make_engine(tiny.model), jobs)
+    engine = make_engine(tiny.model, kernels=True, max_rows=2, n_blocks=5, prefill_tokens=96)
+    assert answers(engine, jobs) == want
+    assert engine.stats().preemptions > 0
+
+
 def test_a_reused_prefix_gives_the_same_tokens(tiny: Tiny) -> None:
     prompt = random_ids(80, 9)
     engine = make_engine(tiny.model, kernels=True)

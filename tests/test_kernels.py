@@ -88,7 +88,7 @@ class Store:
         qkv = self.random(n, 3)
         rows = torch.arange(n - 1, -1, -1, dtype=torch.int32, device=DEVICE)
         positions = torch.tensor([*self.lengths, 0], device=DEVICE)
-        parts = kernels.new_parts(n, self.heads, self.head_dim, n_splits, DEVICE)
+        parts = kernels.new_parts(n * self.heads * n_splits, self.head_dim, DEVICE, n_splits)
         got = torch.empty(n, self.heads * self.head_dim, dtype=self.dtype, device=DEVICE)
         self.cache.decode(qkv[:, 0], qkv[:, 1:], rows, positions, parts, got)
         want = [
@@ -105,7 +105,7 @@ def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("heads", "head_dim", "lengths", "n_splits"),
-    [(4, 64, [1, 31, 32, 33, 200], 4), (3, 112, [64, 65, 7], 1), (2, 16, [150, 300], 8), (5, 128, [0, 95], 2)],
+    [(2, 64, [1, 32, 100], 4), (3, 112, [64, 7], 1), (1, 16, [150], 8), (2, 128, [0, 65], 2)],
 )
 def test_decode_attention(dtype: torch.dtype, heads: int, head_dim: int, lengths: list[int], n_splits: int) -> None:
     got, want = Store(lengths, heads, head_dim, dtype).decode(n_splits)
@@ -116,7 +116,7 @@ def test_decode_attention_stores_the_new_key_and_value() -> None:
     store = Store([40, 63], 3, 32, torch.float32)
     qkv = store.random(2, 3)
     rows, positions = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([40, 63, 0])
-    parts = kernels.new_parts(2, 3, 32, 2, DEVICE)
+    parts = kernels.new_parts(2 * 3 * 2, 32, DEVICE, 2)
     out = torch.empty(2, 96, device=DEVICE)
     store.cache.decode(qkv[:, 0], qkv[:, 1:], rows.to(DEVICE), positions.to(DEVICE), parts, out)
     for lane, position in ((0, 40), (1, 63)):
@@ -130,7 +130,7 @@ def test_decode_attention_stores_the_new_key_and_value() -> None:
 def test_prefill_attention_of_ragged_chunks(dtype: torch.dtype, int8: bool) -> None:
     """Three lanes in one step: a whole prompt, a chunk behind a prefix, and a tile that is not full."""
     befores, chunks = [0, 96, 32], [150, 64, 3]
-    store = Store(befores, 3, 48, dtype, int8=int8)
+    store = Store(befores, 2, 48, dtype, int8=int8)
     new = [store.random(n, 3) for n in chunks]
     qkv = torch.cat(new)
     tiles, first = [], 0
@@ -138,7 +138,7 @@ def test_prefill_attention_of_ragged_chunks(dtype: torch.dtype, int8: bool) -> N
         store.write(lane, new[lane][:, 1:], before)
         tiles += [[first + t, before + t, min(kernels.TILE, n - t), lane] for t in range(0, n, kernels.TILE)]
         first += n
-    out = torch.full((len(qkv), 3 * 48), torch.nan, dtype=dtype, device=DEVICE)
+    out = torch.full((len(qkv), 2 * 48), torch.nan, dtype=dtype, device=DEVICE)
     store.cache.prefill(qkv[:, 0], qkv[:, 1:], torch.tensor(tiles, dtype=torch.int32, device=DEVICE), out)
     want = torch.cat(
         [
@@ -149,7 +149,8 @@ def test_prefill_attention_of_ragged_chunks(dtype: torch.dtype, int8: bool) -> N
     close(out, want, 2.5e-2 if int8 else TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
 def test_attention_over_random_shapes(seed: int) -> None:
     rng = random.Random(seed)
     lengths = [rng.randrange(0, 260) for _ in range(rng.randrange(1, 5))]
@@ -162,7 +163,7 @@ def test_attention_over_random_shapes(seed: int) -> None:
 
 
 def test_the_error_of_an_8_bit_cache_is_under_one_percent() -> None:
-    store = Store([500, 300], 4, 64, torch.float32, int8=True)
+    store = Store([200, 100], 4, 64, torch.float32, int8=True)
     got, want = store.decode(4)
     error = ((got - want).norm() / want.norm()).item()
     assert 1e-3 < error < 1e-2
@@ -171,8 +172,8 @@ def test_the_error_of_an_8_bit_cache_is_under_one_percent() -> None:
 @pytest.mark.parametrize("n_splits", [1, 8])
 def test_keys_that_cannot_matter_are_not_read_and_do_not_matter(n_splits: int) -> None:
     """The far past is poisoned: a head that read it would answer NaN. Its bound says that it need not."""
-    store = Store([2000], 4, 64, torch.float32, bias_max=4)  # slopes 1/2 … 1/16
-    poisoned = 700
+    store = Store([1200], 2, 64, torch.float32, bias_max=4)  # slopes 1/4 and 1/16
+    poisoned = 300
     for block in store.cache.table[0, : poisoned // BLOCK].tolist():
         store.cache.kv[:, block] = torch.nan
     got, want = store.decode(n_splits)
@@ -180,34 +181,34 @@ def test_keys_that_cannot_matter_are_not_read_and_do_not_matter(n_splits: int) -
 
 
 def test_a_head_that_sees_everything_reads_everything() -> None:
-    """Slopes of 2^-16 put no bound on 2,000 tokens."""
-    store = Store([2000], 2, 64, torch.float32, bias_max=32)  # slopes 2^-16, 2^-32
+    """Slopes of 2^-16 put no bound on 700 tokens."""
+    store = Store([700], 2, 64, torch.float32, bias_max=32)  # slopes 2^-16, 2^-32
     got, want = store.decode(8)
     close(got, want, TOLERANCE[torch.float32])
     store.cache.kv[:, int(store.cache.table[0, 0])] = torch.nan
     assert store.decode(8)[0].isnan().all()
 
 
-@pytest.mark.parametrize("position", [1500])
-def test_a_tile_of_queries_skips_what_none_of_them_can_see(position: int) -> None:
-    store = Store([position], 4, 64, torch.float32, bias_max=4)
+def test_a_tile_of_queries_skips_what_none_of_them_can_see() -> None:
+    position = 1200
+    store = Store([position], 2, 64, torch.float32, bias_max=4)
     piece = store.random(20, 3)
     store.write(0, piece[:, 1:], position)
     kv = torch.cat((store.history[0], piece[:, 1:]))
-    for block in store.cache.table[0, : 500 // BLOCK].tolist():
+    for block in store.cache.table[0, : 300 // BLOCK].tolist():
         store.cache.kv[:, block] = torch.nan
-    out = torch.empty(20, 256, device=DEVICE)
+    out = torch.empty(20, 128, device=DEVICE)
     tiles = torch.tensor([[0, position, 20, 0]], dtype=torch.int32, device=DEVICE)
     store.cache.prefill(piece[:, 0], piece[:, 1:], tiles, out)
     close(out, store.expected(piece[:, 0], kv, position), TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("n_rows", [1, 2, 5, 16])
+@pytest.mark.parametrize("n_rows", [1, 5])
 @pytest.mark.parametrize("normed", [False, True])
 def test_linear_equals_float64(dtype: torch.dtype, n_rows: int, normed: bool) -> None:
     torch.manual_seed(n_rows)
-    k, n_out = 200, 75
+    k, n_out = 200, 35
     x, residual = torch.randn(n_rows, k), torch.randn(n_rows, n_out)
     weight, bias, gamma, beta = torch.randn(n_out, k) / 14, torch.randn(n_out), torch.rand(k) + 0.5, torch.randn(k)
     x, weight, bias, gamma, beta, residual = (t.to(DEVICE, dtype) for t in (x, weight, bias, gamma, beta, residual))

@@ -9,6 +9,7 @@ import pytest
 
 from mptserve.engine import SamplingParams
 from mptserve.errors import BadSetting, InvalidRequest, TooLarge
+from mptserve.prompt import ChatPrompt, Message
 from mptserve.request import GenerateRequest, PromptRequest, RequestParser, request_schema
 from mptserve.settings import Settings, read_settings
 
@@ -354,7 +355,7 @@ BAD_PROMPTS = [
     (["x", 5], "wrong_type", "/1", "must be a string, got 5"),
     (["x", None], "wrong_type", "/1", "must be a string, got null"),
     ([["x"]], "wrong_type", "/0", "must be a string, got a list of 1"),
-    ([{"role": "user", "content": "x"}], "wrong_type", "/0", "must be a string, got an object of 2"),
+    (["x", {"role": "user", "content": "x"}], "wrong_type", "/1", "must be a string, got an object of 2"),
     ("\ud800x", "invalid_text", "", "must be Unicode text; character 0 is half of a surrogate pair"),
     (["x", "xy\udfff"], "invalid_text", "/1", "must be Unicode text; character 2 is half of a surrogate pair"),
 ]
@@ -365,6 +366,23 @@ def test_bad_prompts_are_refused(prompts, code, below, rule):
     at = f"/input_data/input_string{below}"
     body = json.dumps(card(prompts)).replace("Infinity", "1e400").encode()
     assert refusal(body) == (code, at, f"`{at}` {rule}")
+
+
+def test_messages_are_one_prompt_without_its_text_in_the_answer():
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    found = parse(card(talk, return_full_text=True, chat_template="dolly"))
+    prompt = ChatPrompt((Message("system", "Be kind."), Message("user", "Hi")), "dolly")
+    assert ([p.prompt for p in found.prompts], found.chat, found.return_full_text) == ([prompt], True, False)
+    assert (found.repetition_guard, parse(card("Hi")).repetition_guard) == (4, 0)
+    assert refusal(card("Hi", chat_template="dolly")) == (
+        "invalid_request",
+        f"{AT}/chat_template",
+        "`chat_template` is for messages",
+    )
+    assert refusal(card([{"role": "user", "content": "\ud800"}]))[:2] == (
+        "invalid_text",
+        "/input_data/input_string/0/content",
+    )
 
 
 def test_surrogate_pair_is_one_character():
@@ -381,6 +399,7 @@ INTEGERS = {
     "num_return_sequences": (1, 16),
     "logprobs": (0, 20),
     "truncate": (1, 1 << 20),
+    "repetition_guard": (0, 100),
 }
 NUMBERS = {
     "temperature": (0, 100),
@@ -394,11 +413,12 @@ BOOLEANS = ["do_sample", "return_full_text", "ignore_eos", "stream", "details"]
 ONE_FOR_ALL = [
     "num_return_sequences",
     "logprobs",
+    "repetition_guard",
     "stop",
     "stop_sequences",
     *(set(BOOLEANS) - {"do_sample", "ignore_eos"}),
 ]
-WHERE = {"num_return_sequences", "return_full_text", "stream", "details", "output_format"}
+WHERE = {"num_return_sequences", "return_full_text", "stream", "details", "output_format", "repetition_guard"}
 
 
 def value_of(request: GenerateRequest, name: str) -> Any:
@@ -414,7 +434,7 @@ def parsed(name: str, value: Any) -> Any:
 
 
 def test_tables_here_name_every_parameter():
-    tables = {*INTEGERS, *NUMBERS, *BOOLEANS, "stop", "stop_sequences", "output_format"}
+    tables = {*INTEGERS, *NUMBERS, *BOOLEANS, "stop", "stop_sequences", "output_format", "chat_template"}
     assert tables == set(PARSER.rules)
 
 

@@ -57,6 +57,12 @@ def test_stream(server: Server) -> None:
     assert joined(events)[0, 0].startswith("Once upon a time")
 
 
+def test_chat(server: Server) -> None:
+    status, body = answer(server, "chat.json")
+    assert (status, list(body)) == (200, ["output"])
+    assert "Customer:" not in body["output"]
+
+
 def test_mlflow(server: Server) -> None:
     status, body = answer(server, "mlflow.json")
     assert (status, [type(text) for text in body]) == (200, [str, str])

@@ -28,6 +28,12 @@ GOOD = {
     "MPT_MAX_PROMPTS": ("1000", 1000),
     "MPT_MAX_NEW_TOKENS": ("128", 128),
     "MPT_MAX_SEQUENCES": ("1", 1),
+    "MPT_MODEL_NAME": ("mine", "mine"),
+    "MPT_CHAT_TEMPLATE": ("dolly-30b", "dolly-30b"),
+    "MPT_API_KEYS_FILE": ("/keys", "/keys"),
+    "MPT_CONTENT_SAFETY_ENDPOINT": ("https://x", "https://x"),
+    "MPT_CONTENT_SAFETY_KEY_FILE": ("/key", "/key"),
+    "MPT_CONTENT_SAFETY_SEVERITY": ("2", 2),
     "MPT_DEFAULTS": ('{"temperature": 0.7}', '{"temperature": 0.7}'),
     "MPT_LOG_LEVEL": ("DEBUG", "DEBUG"),
 }
@@ -65,6 +71,12 @@ def test_defaults():
         "max_prompts": 128,
         "max_new_tokens": 4096,
         "max_sequences": 16,
+        "model_name": "",
+        "chat_template": "auto",
+        "api_keys_file": "",
+        "content_safety_endpoint": "",
+        "content_safety_key_file": "",
+        "content_safety_severity": 4,
         "defaults": "{}",
         "log_level": "INFO",
     }
@@ -128,6 +140,8 @@ OUT_OF_RANGE = [
     ("MPT_MAX_NEW_TOKENS", "1048577", "between 1 and 1048576"),
     ("MPT_MAX_SEQUENCES", "0", "between 1 and 1024"),
     ("MPT_MAX_SEQUENCES", "1025", "between 1 and 1024"),
+    ("MPT_CONTENT_SAFETY_SEVERITY", "0", "between 1 and 7"),
+    ("MPT_CONTENT_SAFETY_SEVERITY", "8", "between 1 and 7"),
 ]
 
 
@@ -161,6 +175,7 @@ CHOICES = {
     "MPT_DTYPE": ("auto", "bfloat16", "float16", "float32"),
     "MPT_DEADLINE_ACTION": ("partial", "error"),
     "MPT_OUTPUT_FORMAT": ("records", "columns", "list"),
+    "MPT_CHAT_TEMPLATE": ("auto", "chatml", "dolly", "dolly-30b", "dialogue", "human-bot", "own"),
     "MPT_LOG_LEVEL": ("DEBUG", "INFO", "WARNING", "ERROR"),
 }
 

@@ -151,7 +151,7 @@ def add_routes(service: Service) -> None:
         return None
 
     def readyz() -> Response:
-        problem = readiness_problem(service)
+        problem = service.problem
         return Response(problem or "ready", 503 if problem else 200, mimetype="text/plain")
 
     def metrics() -> Response:
@@ -179,13 +179,6 @@ def keep_answers_private() -> None:
             config.app_insights_log_response_enabled = False
     except Exception:
         log.warning("this azmlinfsrv may log answers to Application Insights", exc_info=True)
-
-
-def readiness_problem(service: Service) -> str | None:
-    """Return why new requests should go elsewhere, or None."""
-    if service.engine.failure is not None:
-        return f"engine failed: {service.engine.failure}"
-    return "draining" if service.engine.draining else None
 
 
 def drain_on_sigterm(service: Service) -> None:

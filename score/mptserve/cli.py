@@ -1,10 +1,11 @@
-"""The `mptserve` command: serve a model on this machine through Azure's own server, see it answer once, generate."""
+"""The `mptserve` command: serve a model on this machine, see it answer, generate, quantise, measure, check YAML."""
 
 import argparse
 import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import urllib.error
@@ -16,6 +17,7 @@ from mptserve import quantize as quantize_command
 from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
 
 SAMPLES = SCORE_DIR.parent / "samples"
+ROLLOUT = SCORE_DIR.parent / "endpoint" / "rollout.sh"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +43,15 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument(
             "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
         )
+    commands.add_parser("check", help="find mistakes in Azure ML YAML, offline, or see which machines a model fits")
+    commands.add_parser("rollout", help="replace a deployment on Azure step by step, by endpoint/rollout.sh")
+    first, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if first == "check":
+        from mptserve.check.command import main as check  # imports PyTorch, which the other commands need not wait for
+
+        return check(rest)
+    if first == "rollout":
+        return subprocess.run(["bash", str(ROLLOUT), *rest], check=False).returncode
     args = parser.parse_args(argv)
     if args.command == "bench":
         from mptserve import bench  # takes PyTorch, which the other commands leave to the server

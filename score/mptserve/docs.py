@@ -1,4 +1,5 @@
-"""Writes the README's tables of parameters and settings from the schema and the settings themselves.
+"""Writes what would otherwise be written twice: the README's tables of parameters and settings, from the schema and the
+settings themselves, and conda.yaml's variants with other builds of PyTorch.
 
 python -m mptserve.docs [--check] README.md
 """
@@ -14,7 +15,7 @@ from mptserve.settings import FIELDS, Settings
 
 
 def main(argv: list[str]) -> int:
-    """Refresh the tables in the file, or with --check only say whether they are up to date."""
+    """Refresh the file's tables, and the conda files beside it; with --check only say whether they are up to date."""
     path = Path(argv[-1])
     text = path.read_text(encoding="utf-8")
     fresh = text
@@ -24,12 +25,34 @@ def main(argv: list[str]) -> int:
             sys.exit(f"{path} must have one place for the {name}, found {len(places)}")
         start, end = places[0].span()
         fresh = f"{fresh[:start]}<!-- {name}: made by `make format` -->\n{table}\n<!-- end -->{fresh[end:]}"
+    made = {path: fresh} | conda_variants(path.parent)
+    stale = [file for file, content in made.items() if file.read_text(encoding="utf-8") != content]
     if "--check" in argv:
-        if fresh != text:
-            print(f"{path} is out of date: run `make format`")
-        return int(fresh != text)
-    path.write_text(fresh, encoding="utf-8")
+        for file in stale:
+            print(f"{file} is out of date: run `make format`")
+        return int(bool(stale))
+    for file in stale:
+        file.write_text(made[file], encoding="utf-8")
     return 0
+
+
+def conda_variants(root: Path) -> dict[Path, str]:
+    """Return endpoint/environment/conda-BUILD.yaml, made of conda.yaml's packages and the file's own comment.
+
+    Azure takes one file with everything in it, so that these cannot be a few lines that refer to conda.yaml.
+    """
+    variants = {}
+    for path in sorted((root / "endpoint" / "environment").glob("conda-*.yaml")):
+        build = path.stem.removeprefix("conda-")
+        comment = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        lines = (root / "conda.yaml").read_text(encoding="utf-8").splitlines()
+        body = [re.sub(r" +# .*", "", line) for line in lines if not line.lstrip().startswith("#")]
+        text = "\n".join([*comment, *body, ""])
+        text = re.sub(r"^name: .*$", f"name: mptserve-{build}", text, flags=re.MULTILINE)
+        text = re.sub(r"^( *- torch==\S+)$", rf"\1+{build}", text, flags=re.MULTILINE)
+        index = f"--extra-index-url https://download.pytorch.org/whl/{build}"
+        variants[path] = re.sub(r"^( *)- pip:\n", rf"\g<0>\1    - {index}\n", text, flags=re.MULTILINE)
+    return variants
 
 
 def parameter_table() -> str:

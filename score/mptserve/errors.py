@@ -42,6 +42,12 @@ class ContextTooLong(InvalidRequest):
     code = "context_length_exceeded"
 
 
+class ContentBlocked(InvalidRequest):
+    """Content safety judged the prompt to be too severe."""
+
+    code = "content_filter"
+
+
 class TooLarge(ScoringError):
     """The body or a prompt is larger than this deployment accepts."""
 

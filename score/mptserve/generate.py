@@ -13,7 +13,8 @@ from mptserve.errors import ScoringError, StartupError
 from mptserve.settings import Settings, read_settings
 
 if TYPE_CHECKING:  # takes PyTorch, which other commands can do without
-    from mptserve.service import Running, Service
+    from mptserve.flow import Running
+    from mptserve.service import Service
 
 _DAY_MS = 86_400_000
 """A prompt on a slow machine may take long: nobody waits behind it."""
@@ -33,6 +34,7 @@ def add_arguments(command: argparse.ArgumentParser, model_dir: str) -> None:
     command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     command.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     command.add_argument("--seed", type=int, help="same seed, same text")
+    command.add_argument("--chat", action="store_true", help="ask: the prompt in the model's chat template")
     command.add_argument("--stream", action="store_true", help="print the text while it comes")
 
 
@@ -70,13 +72,17 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _generate(service: "Service", args: argparse.Namespace, prompt: str) -> int:
     """Send the prompt the way of every request, so that the same rules and the same text come of it."""
-    from mptserve.service import Piece
+    from mptserve.flow import Piece
+    from mptserve.prompt import ChatPrompt, Message
 
     parameters: dict[str, Any] = {"max_new_tokens": args.n_predict, "return_full_text": False, "stream": True}
     parameters |= {"temperature": args.temperature, "top_p": args.top_p}
     parameters |= {} if args.seed is None else {"seed": args.seed}
     body = json.dumps({"input_data": {"input_string": [prompt], "parameters": parameters}})
     request = service.parser.parse(body.encode())
+    if args.chat:
+        chat = dataclasses.replace(request.prompts[0], prompt=ChatPrompt((Message("user", prompt),)))
+        request = dataclasses.replace(request, prompts=[chat])
     running = service.submit(request, time.monotonic())
     print(f"{'-' * 20} prompt {'-' * 20}\n{prompt}\n{'-' * 20} text {'-' * 22}", flush=True)
     pieces = []

@@ -27,11 +27,15 @@ def _shortened(value: float) -> float | str:
     return round(value, 3) if math.isfinite(value) else str(value)  # JSON has no NaN
 
 
-def set_up_logging(level: str) -> None:
-    """Give the package's loggers a handler: azmlinfsrv drops what other loggers than its own say below WARNING."""
-    logger = logging.getLogger("mptserve")
+def set_up_logging(level: str, *others: str) -> None:
+    """Give the package's loggers a handler: azmlinfsrv drops what other loggers than its own say below WARNING.
+
+    others: loggers of a server that says nothing of requests, to be written in the same way.
+    """
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())
-    logger.handlers[:] = [handler]
-    logger.setLevel(level)
-    logger.propagate = False
+    for name in ("mptserve", *others):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)
+        logger.propagate = False

@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 from mptserve import __version__
-from mptserve.request import openapi_parameters
+from mptserve.request import openapi_parameters, request_schema
+from mptserve.settings import Settings
 
 ERROR = {
     "type": "object",
@@ -40,6 +41,15 @@ ANSWER = {
     },
     "example": [{"0": "the meaning of life is to find your gift"}],
 }
+CHAT_ANSWER = {
+    "type": "object",
+    "description": "The answer to messages; several answers are a list.",
+    "properties": {
+        "output": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]},
+        "details": {"type": "object", "additionalProperties": {"type": "object"}},
+    },
+    "required": ["output"],
+}
 STATUSES = {
     "200": "The generated text; server-sent events when `stream` is true.",
     "400": "The request breaks a rule; `code`, `field` and `message` say which.",
@@ -68,7 +78,11 @@ def openapi(schema: dict[str, Any], version: str) -> dict[str, Any]:
     for key in ("$schema", "$id"):
         request.pop(key)
     prefix = "#/definitions/" if version == "2" else "#/components/schemas/"
-    schemas = {"ServiceInput": request | {"example": EXAMPLE}, "ServiceOutput": ANSWER, "Error": ERROR} | definitions
+    schemas = {
+        "ServiceInput": request | {"example": EXAMPLE},
+        "ServiceOutput": {"anyOf": [ANSWER, CHAT_ANSWER]},
+        "Error": ERROR,
+    } | definitions
     schemas = json.loads(json.dumps(schemas).replace("#/$defs/", prefix))
     if version == "2":
         schemas["ServiceInput"] = schemas["ServiceInput"]["oneOf"][0] | {"example": EXAMPLE}
@@ -98,6 +112,35 @@ def openapi(schema: dict[str, Any], version: str) -> dict[str, Any]:
     operation["requestBody"] = {"required": True} | content("ServiceInput")
     full = "3.1.0" if version == "3.1" else "3.0.3"
     return {"openapi": full} | document | {"components": {"schemas": schemas}}
+
+
+def score_operation() -> dict[str, Any]:
+    """Return what FastAPI's description of /score lacks: the body, and an answer that may be a stream."""
+    request = openapi_parameters(request_schema(Settings()))
+    defs = request.pop("$defs")
+    for key in ("$schema", "$id"):
+        request.pop(key)
+    answer = {"application/json": {"schema": {"anyOf": [ANSWER, CHAT_ANSWER]}}, "text/event-stream": {"schema": {}}}
+    errors = {
+        status: {"description": text, "content": {"application/json": {"schema": ERROR}}}
+        for status, text in STATUSES.items()
+        if status != "200"
+    }
+    return {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": _inlined(request, defs)}}},
+        "responses": {"200": {"description": STATUSES["200"], "content": answer}} | errors,
+    }
+
+
+def _inlined(value: Any, defs: dict[str, Any]) -> Any:
+    """Return a schema with every reference into `defs`, which has no circles, replaced by what it refers to."""
+    if isinstance(value, list):
+        return [_inlined(item, defs) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$ref" in value:
+        return _inlined(defs[value["$ref"].removeprefix("#/$defs/")], defs)
+    return {key: _inlined(item, defs) for key, item in value.items()}
 
 
 def _older(value: Any, version: str) -> Any:

@@ -9,7 +9,7 @@ import json
 import secrets
 from collections.abc import Collection, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any, NoReturn
 
@@ -19,20 +19,28 @@ from jsonschema.validators import extend
 
 from mptserve.engine import SamplingParams
 from mptserve.errors import BadSetting, InvalidRequest, TooLarge
-from mptserve.settings import Settings
+from mptserve.prompt import ChatPrompt, Message
+from mptserve.settings import CHAT_TEMPLATES, Settings
 
+CHAT_REPETITIONS = 4
+"""The repetition guard of conversations where nobody says another: a base model would go round in circles for ever."""
 GREEDY_BELOW = 0.01
 """Temperatures below this are greedy: dividing logits by less overflows."""
 
 
 @dataclass(frozen=True)
 class PromptRequest:
-    """One prompt and the parameters that may differ from prompt to prompt. `pointer`: where the prompt stands."""
+    """One prompt and the parameters that may differ from prompt to prompt. `pointer`: where the prompt stands.
 
-    prompt: str
+    prompt: text, a conversation, or token ids (of the model's vocabulary).  fit: whether fewer new tokens will do
+    where the context has no room for `max_new_tokens`.
+    """
+
+    prompt: str | ChatPrompt | tuple[int, ...]
     pointer: str
     sampling: SamplingParams
     truncate: int | None
+    fit: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,10 +54,16 @@ class GenerateRequest:
     stream: bool
     details: bool
     output_format: str
+    repetition_guard: int = 0
+
+    @property
+    def chat(self) -> bool:
+        """Whether the request is one conversation, whose answer has a shape of its own."""
+        return any(isinstance(p.prompt, ChatPrompt) for p in self.prompts)
 
 
 @dataclass(frozen=True)
-class _Located:
+class Located:
     """A part of the body and the JSON pointer to it."""
 
     value: Any
@@ -75,9 +89,10 @@ class RequestParser:
         self.rules: dict[str, dict[str, Any]] = defs["parameters"]["properties"]
         self._validators = {name: _Validator(rule | {"$defs": defs}) for name, rule in self.rules.items()}
         self._prompts = _Validator(defs["prompts"] | {"$defs": defs})
+        self._messages = _Validator(defs["messages"] | {"$defs": defs})
         self.defaults = {name: rule["default"] for name, rule in self.rules.items() if "default" in rule}
         try:
-            self.defaults |= self._checked(_Located(settings.default_parameters, "MPT_DEFAULTS"), n_prompts=None)
+            self.defaults |= self._checked(Located(settings.default_parameters, "MPT_DEFAULTS"), n_prompts=None)
             _combine(self.defaults, self.defaults, "MPT_DEFAULTS")
         except InvalidRequest as exc:
             raise BadSetting(f"MPT_DEFAULTS: {exc.message}") from exc
@@ -91,31 +106,47 @@ class RequestParser:
         if len(body) > self.max_body_bytes:
             raise body_too_large(len(body), self.max_body_bytes)
         prompts, parameters = _dialect(_json(body))
-        self._check(self._prompts, prompts.value, prompts.pointer)
-        texts = _texts(prompts)
-        given = self._checked(parameters, n_prompts=len(texts))
-        values = self.defaults | given
-        own_values = [_of_prompt(values, i) for i in range(len(texts))]
+        chat = _looks_like_messages(prompts.value)
+        self._check(self._messages if chat else self._prompts, prompts.value, prompts.pointer)
+        found = [_chat(prompts)] if chat else _texts(prompts)
+        given = self._checked(parameters, n_prompts=len(found))
+        if not chat and "chat_template" in given:
+            _refuse("`chat_template` is for messages", f"{parameters.pointer}/chat_template")
+        return self.build(found, given, parameters.pointer)
+
+    def build(
+        self, prompts: list[Located], given: dict[str, Any], pointer: str, *, fit: bool = False
+    ) -> GenerateRequest:
+        """Return the request of checked prompts and checked parameters, the deployment's defaults filled in."""
+        chat = isinstance(prompts[0].value, ChatPrompt)
+        values = {"repetition_guard": CHAT_REPETITIONS if chat else 0} | self.defaults | given
+        own_values = [_of_prompt(values, i) for i in range(len(prompts))]
         for own in own_values:
-            _combine(own, given, parameters.pointer)
+            _combine(own, given, pointer)
+        if chat and "chat_template" in values:
+            prompts = [
+                Located(replace(p.value, template=own["chat_template"]), p.pointer)
+                for p, own in zip(prompts, own_values, strict=True)
+            ]
         return GenerateRequest(
-            prompts=[_prompt(text, own) for text, own in zip(texts, own_values, strict=True)],
+            prompts=[_prompt(prompt, own, fit) for prompt, own in zip(prompts, own_values, strict=True)],
             stop=tuple(values["stop"]),
             num_return_sequences=int(values["num_return_sequences"]),
-            return_full_text=values["return_full_text"],
+            return_full_text=values["return_full_text"] and not chat,
             stream=values["stream"],
             details=values["details"],
             output_format=values["output_format"],
+            repetition_guard=int(values["repetition_guard"]),
         )
 
-    def _checked(self, parameters: _Located, n_prompts: int | None) -> dict[str, Any]:
+    def _checked(self, parameters: Located, n_prompts: int | None) -> dict[str, Any]:
         """Return the given parameters, each checked; nulls are left out, `stop` is a list and the only name of itself.
 
         n_prompts None: no lists per prompt.
         """
         if not isinstance(parameters.value, dict):
             _refuse(
-                f"`{parameters.pointer}` must be an object, got {_kind(parameters.value)}",
+                f"`{parameters.pointer}` must be an object, got {kind_of(parameters.value)}",
                 parameters.pointer,
                 code="wrong_type",
             )
@@ -123,7 +154,7 @@ class RequestParser:
         for name, value in parameters.value.items():
             pointer = f"{parameters.pointer}/{_escape(name)}"
             if name not in self.rules:
-                _refuse(_unknown(name, list(self.rules)), pointer, code="unknown_parameter")
+                _refuse(unknown(name, list(self.rules)), pointer, code="unknown_parameter")
             if value is None:
                 continue
             given[name] = value
@@ -142,7 +173,7 @@ class RequestParser:
             _refuse("`stop` and `stop_sequences` are the same; give one", f"{parameters.pointer}/stop_sequences")
         for name in ("stop", "stop_sequences"):
             if name in given:
-                given["stop"] = [t.value for t in _texts(_Located(given.pop(name), f"{parameters.pointer}/{name}"))]
+                given["stop"] = [t.value for t in _texts(Located(given.pop(name), f"{parameters.pointer}/{name}"))]
         return given
 
     def _check(self, validator: "Draft202012Validator", value: Any, pointer: str, name: str = "") -> None:
@@ -151,7 +182,7 @@ class RequestParser:
             path = "".join(f"/{_escape(str(part))}" for part in error.absolute_path)
             code, rule = _rule(error)
             subject = f"`{name}`" if name and not path else f"`{pointer}{path}`"
-            _refuse(f"{subject} must {rule}, got {_kind(error.instance)}", pointer + path, code=code)
+            _refuse(f"{subject} must {rule}, got {kind_of(error.instance)}", pointer + path, code=code)
 
 
 def request_schema(settings: Settings) -> dict[str, Any]:
@@ -162,6 +193,7 @@ def request_schema(settings: Settings) -> dict[str, Any]:
     rules["max_new_tokens"]["default"] = min(rules["max_new_tokens"]["default"], settings.max_new_tokens)
     rules["num_return_sequences"]["maximum"] = settings.max_sequences
     rules["output_format"]["default"] = settings.output_format
+    rules["chat_template"]["enum"] = list(CHAT_TEMPLATES)
     schema["$defs"]["prompt_list"]["maxItems"] = settings.max_prompts
     for name, value in settings.default_parameters.items():
         if name in rules and value is not None:
@@ -204,10 +236,10 @@ def _no_constant(name: str) -> NoReturn:
     _refuse(f"the body must be JSON, which has no {name}", "", code="invalid_json")
 
 
-def _dialect(body: Any) -> tuple[_Located, _Located]:
+def _dialect(body: Any) -> tuple[Located, Located]:
     """Return (prompts, parameters) from any of the forms that clients send; see request.schema.json."""
     if not isinstance(body, dict):
-        _refuse(f"the body must be a JSON object, got {_kind(body)}", "", code="wrong_type")
+        _refuse(f"the body must be a JSON object, got {kind_of(body)}", "", code="wrong_type")
     key = "inputs" if "inputs" in body and "input_data" not in body else "input_data"
     if key not in body:
         _refuse("`input_data` is missing: the prompts go there, as `input_data.input_string`", "", code="missing_field")
@@ -217,16 +249,16 @@ def _dialect(body: Any) -> tuple[_Located, _Located]:
         _only(inner, allowed, f"/{key}")
         if "input_string" not in inner:
             _refuse(f"`/{key}/input_string` is missing: the prompts go there", f"/{key}", code="missing_field")
-        prompts = _Located(inner["input_string"], f"/{key}/input_string")
+        prompts = Located(inner["input_string"], f"/{key}/input_string")
     else:
-        prompts = _Located(inner, f"/{key}")
+        prompts = Located(inner, f"/{key}")
         beside = "params" if key == "input_data" else "parameters"
     _only(body, {key, beside}, "")
     if isinstance(inner, dict) and "parameters" in inner and "parameters" in body:
         _refuse("parameters are given twice, in `input_data` and beside it", "/parameters", code="invalid_request")
     if isinstance(inner, dict) and "parameters" in inner:
-        return prompts, _Located(_or_empty(inner["parameters"]), f"/{key}/parameters")
-    return prompts, _Located(_or_empty(body.get(beside)), f"/{beside}")
+        return prompts, Located(_or_empty(inner["parameters"]), f"/{key}/parameters")
+    return prompts, Located(_or_empty(body.get(beside)), f"/{beside}")
 
 
 def _or_empty(parameters: Any) -> Any:
@@ -236,10 +268,10 @@ def _or_empty(parameters: Any) -> Any:
 def _only(value: dict[str, Any], allowed: set[str], pointer: str) -> None:
     for name in value:
         if name not in allowed:
-            _refuse(_unknown(name, sorted(allowed)), f"{pointer}/{_escape(name)}", code="unknown_field")
+            _refuse(unknown(name, sorted(allowed)), f"{pointer}/{_escape(name)}", code="unknown_field")
 
 
-def _unknown(name: str, known: list[str]) -> str:
+def unknown(name: str, known: list[str]) -> str:
     """Name the nearest known field; the unknown one is shortened, as it may hold anything."""
     near = difflib.get_close_matches(name[:64].lower(), known, n=1, cutoff=0.5)
     hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
@@ -247,17 +279,30 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"{'`' + shown + '`' if shown == name else shown} is not known; {hint}"
 
 
-def _texts(found: _Located) -> list[_Located]:
+def _texts(found: Located) -> list[Located]:
     """Return each string of a string or a list of strings."""
     texts = [found]
     if isinstance(found.value, list):
-        texts = [_Located(text, f"{found.pointer}/{i}") for i, text in enumerate(found.value)]
+        texts = [Located(text, f"{found.pointer}/{i}") for i, text in enumerate(found.value)]
     for text in texts:
         _well_formed(text)
     return texts
 
 
-def _well_formed(text: _Located) -> None:
+def _looks_like_messages(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict)
+
+
+def _chat(found: Located) -> Located:
+    """Return checked messages as one conversation."""
+    messages: list[Message] = []
+    for i, message in enumerate(found.value):
+        _well_formed(Located(message["content"], f"{found.pointer}/{i}/content"))
+        messages.append(Message(message["role"], message["content"]))
+    return Located(ChatPrompt(tuple(messages)), found.pointer)
+
+
+def _well_formed(text: Located) -> None:
     """Refuse text that JSON can spell and UTF-8 cannot: halves of surrogate pairs."""
     try:
         text.value.encode("utf-8")
@@ -290,7 +335,7 @@ def _combine(values: dict[str, Any], given: Collection[str], pointer: str) -> No
         )
 
 
-def _prompt(text: _Located, values: dict[str, Any]) -> PromptRequest:
+def _prompt(prompt: Located, values: dict[str, Any], fit: bool) -> PromptRequest:
     greedy = not values["do_sample"] or values["temperature"] < GREEDY_BELOW
     sampling = SamplingParams(
         max_new_tokens=int(values["max_new_tokens"]),
@@ -305,8 +350,9 @@ def _prompt(text: _Located, values: dict[str, Any]) -> PromptRequest:
         seed=int(values["seed"]) if "seed" in values else secrets.randbits(32),
         ignore_eos=values["ignore_eos"],
         logprobs=_optional_int(values.get("logprobs")),
+        logit_bias=values.get("logit_bias", ()),
     )
-    return PromptRequest(text.value, text.pointer, sampling, _optional_int(values.get("truncate")))
+    return PromptRequest(prompt.value, prompt.pointer, sampling, _optional_int(values.get("truncate")), fit)
 
 
 def _optional_int(value: Any) -> int | None:
@@ -316,9 +362,17 @@ def _optional_int(value: Any) -> int | None:
 def _rule(error: ValidationError) -> tuple[str, str]:
     """Return the stable code and the words for a broken JSON Schema rule."""
     limit: Any = error.validator_value
+    value: Any = error.instance
+    schema: Any = error.schema
     match error.validator:
         case "type":
-            return "wrong_type", "be a whole number" if limit == "integer" else f"be a {limit}"
+            names = {"integer": "a whole number", "object": "an object", "array": "a list"}
+            return "wrong_type", f"be {names.get(limit, f'a {limit}')}"
+        case "required":
+            missing = next(name for name in limit if name not in value)
+            return "missing_field", f"have `{missing}`"
+        case "additionalProperties":
+            return "unknown_field", "have only the fields " + ", ".join(f"`{name}`" for name in schema["properties"])
         case "minimum":
             return "out_of_range", f"be at least {limit}"
         case "maximum":
@@ -326,9 +380,9 @@ def _rule(error: ValidationError) -> tuple[str, str]:
         case "exclusiveMinimum":
             return "out_of_range", f"be above {limit}"
         case "minItems":
-            return "wrong_length", f"have at least {_count(limit, 'item')}"
+            return "wrong_length", f"have at least {count(limit, 'item')}"
         case "maxItems":
-            return "wrong_length", f"have at most {_count(limit, 'item')}"
+            return "wrong_length", f"have at most {count(limit, 'item')}"
         case "minLength":
             return "wrong_length", "not be empty"
         case "maxLength":
@@ -339,7 +393,7 @@ def _rule(error: ValidationError) -> tuple[str, str]:
             return "wrong_type", "be a string or a list of strings"
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """Return the type and size of a value; its content only where it is a number."""
     match value:
         case None:
@@ -350,14 +404,14 @@ def _kind(value: Any) -> str:
             text = str(value)
             return text if len(text) <= 24 else f"a number of {len(text.lstrip('-'))} digits"
         case str():
-            return f"a string of {_count(len(value), 'character')}"
+            return f"a string of {count(len(value), 'character')}"
         case list():
             return f"a list of {len(value)}"
         case _:
             return f"an object of {len(value)}"
 
 
-def _count(n: int, what: str) -> str:
+def count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
 from mptserve.engine import Sequence
 from mptserve.request import GenerateRequest
+from mptserve.safety import Verdict
 from mptserve.tokenizer import Tokenizer
 
 MAX_HEADER_CHARS = 800
@@ -16,17 +17,29 @@ MAX_HEADER_CHARS = 800
 
 @dataclass(frozen=True)
 class Result:
-    """One generated sequence: `text` as the caller gets it, of sequence number `number` of prompt number `prompt`."""
+    """One generated sequence: `text` as the caller gets it, of sequence number `number` of prompt number `prompt`.
+
+    verdicts: content safety's, on the `prompt` and on the `answer`, where it was asked.
+    """
 
     prompt: int
     number: int
     text: str
     sequence: Sequence
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
+
+    @property
+    def finish_reason(self) -> str:
+        """Return why the text ends: the sequence's own reason, or `content_filter` when the answer was blocked."""
+        blocked = any(v.blocked for v in self.verdicts.values())
+        return "content_filter" if blocked else self.sequence.finish_reason or ""
 
 
 def answer(request: GenerateRequest, results: list[Result], tokenizer: Tokenizer) -> Any:
     """Return the body's JSON value in the shape that the request asks for."""
     described = [(r, details(r, tokenizer) if request.details else None) for r in results]
+    if request.chat:
+        return _chat(described)
     if request.output_format == "list":
         return [r.text if d is None else {"text": r.text} | d for r, d in described]
     n = request.num_return_sequences
@@ -35,23 +48,35 @@ def answer(request: GenerateRequest, results: list[Result], tokenizer: Tokenizer
     return [_record(described)]
 
 
+def _chat(described: list[tuple[Result, dict[str, Any] | None]]) -> dict[str, Any]:
+    """Return the shape of Azure's chat task; several answers are a list."""
+    texts = [r.text for r, _ in described]
+    return {"output": texts[0] if len(texts) == 1 else texts} | _found(described)
+
+
 def _record(described: list[tuple[Result, dict[str, Any] | None]]) -> dict[str, Any]:
     record: dict[str, Any] = {str(i): r.text for i, (r, _) in enumerate(described)}
+    return record | _found(described)
+
+
+def _found(described: list[tuple[Result, dict[str, Any] | None]]) -> dict[str, Any]:
     found = {str(i): d for i, (_, d) in enumerate(described) if d is not None}
-    return record | ({"details": found} if found else {})
+    return {"details": found} if found else {}
 
 
 def details(result: Result, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return finish reason, token counts, seed, timings and, when asked for, log probabilities of one sequence."""
     seq = result.sequence
     found: dict[str, Any] = {
-        "finish_reason": seq.finish_reason,
+        "finish_reason": result.finish_reason,
         "prompt_tokens": seq.n_prompt,
         "generated_tokens": len(seq.out),
         "seed": seq.params.seed,
         "timings_ms": timings_ms(seq),
     }
-    if seq.params.logprobs is not None:
+    if result.verdicts:
+        found["content_safety"] = {what: verdict.as_json() for what, verdict in result.verdicts.items()}
+    if seq.params.logprobs is not None and result.finish_reason != "content_filter":
         found["logprobs"] = [
             {
                 "token": tokenizer.decode([t.id]),
@@ -78,7 +103,7 @@ def headers(results: list[Result]) -> dict[str, str]:
     that would still be too long for a proxy is cut and ends in `+more`.
     """
     columns = {
-        "x-mpt-finish-reason": [r.sequence.finish_reason or "" for r in results],
+        "x-mpt-finish-reason": [r.finish_reason for r in results],
         "x-mpt-prompt-tokens": [str(r.sequence.n_prompt) for r in results],
         "x-mpt-generated-tokens": [str(len(r.sequence.out)) for r in results],
         "x-mpt-seed": [str(r.sequence.params.seed) for r in results],

@@ -12,12 +12,13 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mptserve.engine import Engine, Generation, Job, Sequence, TokenQueue
+from mptserve.engine import Engine, Job, SamplingParams, Sequence, TokenQueue, TokenSink
 from mptserve.engine.checkpoint import find_checkpoint
 from mptserve.engine.config import read_config
 from mptserve.engine.sampling import derived_seed
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.errors import (
+    ContentBlocked,
     ContextTooLong,
     DeadlineExceeded,
     GenerationFailed,
@@ -25,9 +26,13 @@ from mptserve.errors import (
     TooLarge,
     UnsupportedModel,
 )
+from mptserve.flow import Flow, Piece, Running, prompt_texts, text_stream
 from mptserve.metrics import Metrics
+from mptserve.prompt import ChatPrompt, PromptWriter
+from mptserve.repetition import RepetitionGuard
 from mptserve.request import GenerateRequest, PromptRequest, RequestParser
 from mptserve.response import KEEP_ALIVE, Result, answer, details, event, headers, timings_ms
+from mptserve.safety import Verdict, content_safety
 from mptserve.settings import Settings
 from mptserve.tokenizer import TextStream, Tokenizer
 
@@ -47,23 +52,6 @@ class Answer:
     events: Iterator[str] | None = None
 
 
-@dataclass(frozen=True)
-class Running:
-    """One sequence on its way: sequence `number` of prompt `prompt` of its request."""
-
-    prompt: int
-    number: int
-    generation: Generation
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Text that a streamed sequence goes on with: whole characters, nothing of a stop string."""
-
-    running: Running
-    text: str
-
-
 class Service:
     """A tokenizer and an engine that answer requests, from any number of threads."""
 
@@ -73,6 +61,8 @@ class Service:
         self.parser = RequestParser(settings)
         checkpoint = find_checkpoint(Path(settings.model_dir))
         self.tokenizer = Tokenizer(checkpoint.tokenizer)
+        self.started_at = int(time.time())
+        self.model_name = settings.model_name or checkpoint.folder.name
         config = read_config(checkpoint.folder)
         if self.tokenizer.n_tokens > config.vocab_size:
             raise UnsupportedModel(
@@ -80,6 +70,9 @@ class Service:
                 f"{config.vocab_size}: they do not belong together"
             )
         self.end_of_text = config.eos_token_ids[0]
+        folders = list(dict.fromkeys([checkpoint.folder, checkpoint.tokenizer.parent]))
+        self.prompts = PromptWriter(folders, self.tokenizer, settings.chat_template)
+        self.safety = content_safety(settings)
         start: Callable[..., Engine] = start_engine
         if settings.engine == "transformers":
             from mptserve.engine.reference import start_reference_engine as start
@@ -93,6 +86,13 @@ class Service:
         )
         self.metrics.watch(self.engine.stats)
 
+    @property
+    def problem(self) -> str | None:
+        """Return why new requests should go elsewhere, or None."""
+        if self.engine.failure is not None:
+            return f"engine failed: {self.engine.failure}"
+        return "draining" if self.engine.draining else None
+
     def generate(self, body: bytes, request_id: str, alive: Callable[[], bool] | None = None) -> Answer:
         """Answer one request; never raises for what a caller sends.
 
@@ -105,72 +105,116 @@ class Service:
             if request.stream:
                 return Answer(200, {}, events=self._events(request, running, request_id, started))
             results = self.results(request, running, alive)
-            payload = json.dumps(answer(request, results, self.tokenizer), ensure_ascii=False).encode("utf-8")
+            self.log_results(results, request_id, started)
+            return self.answer(request, results)
         except ScoringError as exc:
             return self.refuse(exc, request_id, started)
         except Exception:
-            log.exception("request failed", extra={"numbers": {"request_id": request_id}})
-            return self.refuse(GenerationFailed("unexpected; the log has the reason"), request_id, started)
-        sequences = [r.sequence for r in results]
-        gone = any(seq.finish_reason == "cancelled" for seq in sequences)
-        self._log_request(499 if gone else 200, "client_gone" if gone else "", request_id, started, sequences)
+            return self.refuse(self.failure(request_id), request_id, started)
+
+    def answer(self, request: GenerateRequest, results: list[Result]) -> Answer:
+        """Return the answer that finished sequences are."""
+        payload = json.dumps(answer(request, results, self.tokenizer), ensure_ascii=False).encode("utf-8")
         return Answer(200, headers(results), payload)
+
+    def failure(self, request_id: str) -> GenerationFailed:
+        """Log the exception that is being handled, a mistake of ours, and return what its caller may know of it."""
+        log.exception("request failed", extra={"numbers": {"request_id": request_id}})
+        return GenerationFailed("unexpected; the log has the reason")
 
     def refuse(self, exc: ScoringError, request_id: str, started: float) -> Answer:
         """Return the answer that an error is, counted and logged; started: on the monotonic clock."""
-        self._log_request(exc.status, exc.code, request_id, started, [])
+        self.log_error(exc, request_id, started)
         extra = {} if exc.retry_after_s is None else {"Retry-After": str(exc.retry_after_s)}
         return Answer(exc.status, extra, json.dumps(exc.as_json(request_id)).encode())
 
-    def submit(self, request: GenerateRequest, started: float) -> list[Running]:
+    def submit(self, request: GenerateRequest, started: float, events: TokenSink | None = None) -> list[Running]:
         """Encode every prompt and hand all sequences to the engine, or none; raises ScoringError's children.
 
-        started: on the monotonic clock; the deadline counts from it.  Go on with `results`, or `stream` when the
-        request asks for one.
+        started: on the monotonic clock; the deadline counts from it.  events: where tokens go; left out, requests that
+        ask for a stream get a queue.  Go on with `results`, or `stream` when the request asks for one.
         """
         deadline = started + self.settings.deadline_ms / 1000
-        events: TokenQueue | None = queue.SimpleQueue() if request.stream else None
+        if events is None and request.stream:
+            events = TokenQueue()
         jobs: list[Job] = []
-        places: list[tuple[int, int]] = []
+        places: list[tuple[int, int, tuple[str, ...], bool, Verdict | None]] = []
         for i, prompt in enumerate(request.prompts):
-            ids = self._encode(prompt)
+            ids, params = self._encode(prompt)
+            verdict = self._judge_prompt(prompt)
+            template = self.prompts.template(prompt.prompt) if isinstance(prompt.prompt, ChatPrompt) else None
+            stop = tuple(dict.fromkeys(request.stop + (template.stop if template else ())))
             for number in range(request.num_return_sequences):
-                sampling = replace(prompt.sampling, seed=derived_seed(prompt.sampling.seed, number))
-                jobs.append(Job(ids, sampling, deadline, self._stop_check(request.stop), events))
-                places.append((i, number))
+                sampling = replace(params, seed=derived_seed(params.seed, number))
+                stop_ids = template.stop_ids if template else ()
+                check = self._stop_check(stop, stop_ids, request.repetition_guard)
+                jobs.append(Job(ids, sampling, deadline, check, events))
+                places.append((i, number, stop, template is not None, verdict))
         generations = self.engine.submit_all(jobs)
-        return [Running(i, number, g) for (i, number), g in zip(places, generations, strict=True)]
+        return [
+            Running(i, number, g, stop, chat, verdict)
+            for (i, number, stop, chat, verdict), g in zip(places, generations, strict=True)
+        ]
 
-    def _encode(self, prompt: PromptRequest) -> list[int]:
-        """Return the prompt's token ids, cut from the left when asked; an empty prompt becomes the end-of-text token,
-        which separates documents in training."""
-        limit, n_new = self.engine.max_tokens, prompt.sampling.max_new_tokens
-        if prompt.truncate is None and len(prompt.prompt) > limit * self.tokenizer.longest_token:
+    def encode(self, prompt: "str | ChatPrompt | tuple[int, ...]") -> list[int]:
+        """Return a prompt's token ids. Control tokens count in a plain prompt, and never in what a message says."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt)
+        return self.prompts.encode(prompt) if isinstance(prompt, ChatPrompt) else list(prompt)
+
+    def _encode(self, prompt: PromptRequest) -> tuple[list[int], SamplingParams]:
+        """Return the prompt's token ids, cut from the left when asked, and its parameters, cut to what fits when
+        asked; an empty prompt becomes the end-of-text token, which separates documents in training."""
+        limit, params = self.engine.max_tokens, prompt.sampling
+        n_chars = len(prompt_texts(prompt.prompt, self.tokenizer))
+        if prompt.truncate is None and n_chars > limit * self.tokenizer.longest_token:
             raise TooLarge(
-                f"`{prompt.pointer}` must fit the context of {limit} tokens, got {len(prompt.prompt)} characters",
+                f"`{prompt.pointer}` must fit the context of {limit} tokens, got {n_chars} characters",
                 field=prompt.pointer,
                 code="prompt_too_large",
             )
-        ids = self.tokenizer.encode(prompt.prompt) or [self.end_of_text]
+        ids = self.encode(prompt.prompt) or [self.end_of_text]
         if prompt.truncate is not None:
             ids = ids[-prompt.truncate :]
+        n_new = params.max_new_tokens
+        if prompt.fit:
+            n_new = max(min(n_new, limit - len(ids)), 1)
         if len(ids) + n_new > limit:
             raise ContextTooLong(
                 f"`{prompt.pointer}` has {len(ids)} tokens and asks for {n_new} more, {len(ids) + n_new} together; "
                 f"the context is {limit}. Shorten it, lower `max_new_tokens` or set `truncate`",
                 field=prompt.pointer,
             )
-        return ids
+        return ids, replace(params, max_new_tokens=n_new, min_new_tokens=min(params.min_new_tokens, n_new))
 
-    def _stop_check(self, stop: tuple[str, ...]) -> Callable[[int], bool] | None:
-        """Return what tells the engine, token by token, that a stop string is complete."""
-        if not stop:
+    def _judge_prompt(self, prompt: PromptRequest) -> Verdict | None:
+        if self.safety is None:
             return None
-        text = TextStream(self.tokenizer, stop)
+        verdict = self.safety.judge(prompt_texts(prompt.prompt, self.tokenizer))
+        if verdict.blocked:
+            found = ", ".join(f"{name} {severity}" for name, severity in verdict.severities.items() if severity)
+            raise ContentBlocked(
+                f"`{prompt.pointer}` was blocked by content safety (severities: {found})", field=prompt.pointer
+            )
+        return verdict
 
-        def stopped(token_id: int) -> bool:
-            text.push(token_id)
-            return text.stopped
+    def _stop_check(
+        self, stop: tuple[str, ...], stop_ids: tuple[int, ...], repetitions: int
+    ) -> Callable[[int], str | None] | None:
+        """Return what tells the engine, token by token, that a sequence is at its end, and why."""
+        if not stop and not stop_ids and not repetitions:
+            return None
+        text = TextStream(self.tokenizer, stop) if stop else None
+        guard = RepetitionGuard(repetitions) if repetitions else None
+
+        def stopped(token_id: int) -> str | None:
+            if token_id in stop_ids:
+                return "eos"
+            if text is not None:
+                text.push(token_id)
+                if text.stopped:
+                    return "stop"
+            return "repetition" if guard is not None and guard.circling(token_id) else None
 
         return stopped
 
@@ -196,10 +240,19 @@ class Service:
         return results
 
     def _result(self, request: GenerateRequest, running: Running, seq: Sequence) -> Result:
-        text = TextStream(self.tokenizer, request.stop)
+        text = text_stream(running, self.tokenizer)
         generated = "".join([*(text.push(t.id) for t in seq.out if t.id not in seq.eos_ids), text.finish()])
         prompt = request.prompts[running.prompt].prompt if request.return_full_text else ""
-        return Result(running.prompt, running.number, prompt + generated, seq)
+        result = self._ended(running, None if self.safety is None else self.safety.judge(generated))
+        if result.finish_reason == "content_filter":
+            generated = ""
+        return replace(result, text=(prompt if isinstance(prompt, str) else "") + generated)
+
+    def _ended(self, running: Running, verdict: Verdict | None) -> Result:
+        """Return the result of a finished sequence, without its text."""
+        verdicts = {"prompt": running.verdict, "answer": verdict}
+        known = {what: v for what, v in verdicts.items() if v is not None}
+        return Result(running.prompt, running.number, "", running.sequence, known)
 
     def _check_deadline(self, results: list[Result]) -> None:
         late = [r for r in results if r.sequence.finish_reason == "deadline"]
@@ -215,35 +268,32 @@ class Service:
 
         Raises as `results` does. Closing it, as a server does when the reader is gone, cancels every sequence.
         """
-        texts = {r.generation.sequence: (r, TextStream(self.tokenizer, request.stop)) for r in running}
-        events = running[0].generation.sequence.events
-        assert events is not None
+        events = running[0].sequence.events
+        assert isinstance(events, queue.SimpleQueue)
+        flow = Flow(request, running, self.tokenizer)
         try:
-            if request.return_full_text:
-                for r in running:
-                    yield Piece(r, request.prompts[r.prompt].prompt)
-            left = len(running)
-            while left:
+            yield from flow.prompts()
+            while flow.left:
                 try:
-                    seq, token = events.get(timeout=KEEP_ALIVE_S)
+                    item = events.get(timeout=KEEP_ALIVE_S)
                 except queue.Empty:
                     yield None
                     continue
-                r, text = texts[seq]
-                if token is None:
-                    left -= 1
-                    if seq.error is not None:
-                        raise seq.error
-                if token is not None and token.id in seq.eos_ids:
-                    continue
-                if piece := text.finish() if token is None else text.push(token.id):
-                    yield Piece(r, piece)
-            results = [Result(r.prompt, r.number, "", r.generation.sequence) for r in running]
-            self._check_deadline(results)
-            yield results
+                piece = flow.take(*item)
+                if piece is not None and self.safety is not None and (piece := flow.portion(piece)) is not None:
+                    piece = flow.judged(piece, self.safety.judge(flow.context(piece)))
+                if piece is not None:
+                    yield piece
+            yield self.flow_results(flow, running)
         finally:
             for r in running:
                 r.generation.cancel()
+
+    def flow_results(self, flow: Flow, running: list[Running]) -> list[Result]:
+        """Return the results of a finished stream, without texts. Raises DeadlineExceeded where that is an error."""
+        results = [self._ended(r, flow.verdict(r)) for r in running]
+        self._check_deadline(results)
+        return results
 
     def _events(
         self, request: GenerateRequest, running: list[Running], request_id: str, started: float
@@ -252,23 +302,31 @@ class Service:
         stream = self.stream(request, running)
         try:
             for item in stream:
-                if item is None:
-                    yield KEEP_ALIVE
-                elif isinstance(item, Piece):
-                    place = {"prompt": item.running.prompt, "sequence": item.running.number}
-                    yield event("text", place | {"text": item.text})
-                else:
-                    self._log_request(200, "", request_id, started, [r.sequence for r in item])
-                    ended = [{"prompt": r.prompt, "sequence": r.number} | details(r, self.tokenizer) for r in item]
-                    yield event("done", {"results": ended})
+                if isinstance(item, list):
+                    self.log_results(item, request_id, started)
+                yield score_event(item, self.tokenizer)
         except ScoringError as exc:
-            self._log_request(exc.status, exc.code, request_id, started, [])
+            self.log_error(exc, request_id, started)
             yield event("error", exc.as_json(request_id))
         except GeneratorExit:
-            self._log_request(499, "client_gone", request_id, started, [r.generation.sequence for r in running])
+            self.log_gone(running, request_id, started)
             raise
         finally:
             stream.close()
+
+    def log_error(self, exc: ScoringError, request_id: str, started: float) -> None:
+        """Count and log a request that was refused, or failed in the middle of its stream."""
+        self._log_request(exc.status, exc.code, request_id, started, [])
+
+    def log_results(self, results: list[Result], request_id: str, started: float) -> None:
+        """Count and log a request whose sequences have ended; the caller may have been gone before."""
+        sequences = [r.sequence for r in results]
+        gone = any(r.finish_reason == "cancelled" for r in results)
+        self._log_request(499 if gone else 200, "client_gone" if gone else "", request_id, started, sequences)
+
+    def log_gone(self, running: list[Running], request_id: str, started: float) -> None:
+        """Count and log a request whose caller went away."""
+        self._log_request(499, "client_gone", request_id, started, [r.sequence for r in running])
 
     def _log_request(self, status: int, code: str, request_id: str, started: float, sequences: list[Sequence]) -> None:
         seconds = time.monotonic() - started
@@ -284,6 +342,17 @@ class Service:
                 "first_token_ms": min(timings_ms(s).get("first_token", 0.0) for s in sequences),
             }
         log.info("request", extra={"numbers": numbers})
+
+
+def score_event(item: Piece | list[Result] | None, tokenizer: Tokenizer) -> str:
+    """Return what a reader of /score gets of one item of a stream: a comment, `text`, or last `done` with details."""
+    if item is None:
+        return KEEP_ALIVE
+    if isinstance(item, Piece):
+        return event("text", {"prompt": item.running.prompt, "sequence": item.running.number, "text": item.text})
+    return event(
+        "done", {"results": [{"prompt": r.prompt, "sequence": r.number} | details(r, tokenizer) for r in item]}
+    )
 
 
 def engine_options(settings: Settings) -> EngineOptions:

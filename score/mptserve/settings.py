@@ -20,6 +20,10 @@ def _setting(
     return field(default=default, metadata={"env": env, "use": use, "low": low, "high": high, "choices": choices})
 
 
+CHAT_TEMPLATES = ("chatml", "dolly", "dolly-30b", "dialogue", "human-bot", "own")
+"""Those of templates.json, and the checkpoint's own."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What an operator can set. Numbers carry their unit in the name; 0 often means "decide for me"."""
@@ -87,6 +91,28 @@ class Settings:
         "MPT_MAX_NEW_TOKENS", 4096, "largest `max_new_tokens` a request may ask for", low=1, high=1 << 20
     )
     max_sequences: int = _setting("MPT_MAX_SEQUENCES", 16, "largest `num_return_sequences`", low=1, high=1024)
+    model_name: str = _setting(
+        "MPT_MODEL_NAME", "", "the model's name in `/v1/models`; empty: the name of the checkpoint's folder"
+    )
+    chat_template: str = _setting(
+        "MPT_CHAT_TEMPLATE",
+        "auto",
+        "how messages are written; auto: the checkpoint's own template, else `chatml` if it has those tokens, "
+        "else `dialogue`",
+        choices=("auto", *CHAT_TEMPLATES),
+    )
+    api_keys_file: str = _setting(
+        "MPT_API_KEYS_FILE", "", "container door: a file with one API key per line, read again when it changes"
+    )
+    content_safety_endpoint: str = _setting(
+        "MPT_CONTENT_SAFETY_ENDPOINT", "", "Azure AI Content Safety that judges prompts and answers; empty: none"
+    )
+    content_safety_key_file: str = _setting(
+        "MPT_CONTENT_SAFETY_KEY_FILE", "", "file with its key; empty: the machine's managed identity"
+    )
+    content_safety_severity: int = _setting(
+        "MPT_CONTENT_SAFETY_SEVERITY", 4, "lowest severity (0 to 6) in any category that is blocked", low=1, high=7
+    )
     defaults: str = _setting(
         "MPT_DEFAULTS", "{}", 'JSON object of parameters used when a request omits them, e.g. `{"temperature": 0.7}`'
     )

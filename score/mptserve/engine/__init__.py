@@ -15,8 +15,8 @@ import torch
 from mptserve.engine.attention import Chunk
 from mptserve.engine.runner import Launched, StepRunner
 from mptserve.engine.scheduler import Scheduler
-from mptserve.engine.sequence import Generation, SamplingParams, Sequence, Token, TokenQueue
-from mptserve.errors import ContextTooLong, GenerationFailed, QueueFull, ScoringError, Unavailable
+from mptserve.engine.sequence import Generation, SamplingParams, Sequence, Token, TokenQueue, TokenSink
+from mptserve.errors import ContextTooLong, GenerationFailed, InvalidRequest, QueueFull, ScoringError, Unavailable
 
 __all__ = [
     "Engine",
@@ -28,6 +28,7 @@ __all__ = [
     "Sequence",
     "Token",
     "TokenQueue",
+    "TokenSink",
 ]
 
 log = logging.getLogger(__name__)
@@ -38,14 +39,15 @@ class Job:
     """One sequence to generate.
 
     prompt: at least one token id.  deadline: on the monotonic clock, in seconds.  stop_check: called on the engine's
-    thread with each new token id; True ends the sequence with reason "stop".  events: where to put tokens as they come.
+    thread with each new token id; what it returns, unless None, is why the sequence ends here.  events: where to put
+    tokens as they come.
     """
 
     prompt: list[int]
     params: SamplingParams
     deadline: float | None = None
-    stop_check: Callable[[int], bool] | None = None
-    events: TokenQueue | None = None
+    stop_check: Callable[[int], str | None] | None = None
+    events: TokenSink | None = None
 
 
 @dataclass
@@ -161,6 +163,8 @@ class MPTEngine:
             raise ContextTooLong(
                 f"{len(job.prompt)} prompt + {job.params.max_new_tokens} new tokens > {self.max_tokens}"
             )
+        if job.params.logit_bias and self.runner.overlaps:  # a GPU samples in its own kernels
+            raise InvalidRequest("`logit_bias` is computed on CPUs only so far", field="logit_bias")
         eos_ids = self.runner.model.config.eos_token_ids
         return Sequence(job.prompt, job.params, eos_ids, job.stop_check, job.deadline, self._finished, job.events)
 

@@ -13,14 +13,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mptserve.engine.attention import Chunk
-from mptserve.engine.kernels import TILE, KernelCache, Parts, new_parts, sample_rows
+from mptserve.engine.kernels import TILE, KernelCache, new_parts, sample_rows
 from mptserve.engine.kv_cache import PagedCache, n_blocks_for
 from mptserve.engine.lanes import LaneState, new_lanes, set_lanes
 from mptserve.engine.model import MPT, alibi_slopes
@@ -63,9 +63,17 @@ class GpuRunner:
             KernelCache(cache.kv[i], cache.scales[i], cache.kmax[i], self.table, slopes, config.scale)
             for i in range(config.n_layers)
         ]
-        self._in_table: list[tuple[Sequence | None, int]] = [(None, 0)] * max_rows  # whose blocks, how many
-        self._parts: dict[int, Parts] = {}
+        # Whose blocks a lane's line holds, since which preemption, and how many.
+        self._in_table: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * max_rows
+        self._processors = torch.cuda.get_device_properties(device).multi_processor_count if self._on_gpu else 4
+        # One memory for every step's partial sums: graphs keep its address, so it is never replaced.
+        most = max(n * self._n_splits(n, long) for n in range(1, max_rows + 1) for long in (False, True))
+        self._parts = new_parts(most * config.n_heads, config.head_dim, device)
         self._graphs: dict[tuple[int, bool], _Graph] = {}
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
     # Steps
 
@@ -77,7 +85,7 @@ class GpuRunner:
         else:
             ready = list(decodes)
             logits, sampled = self._decode_step(decodes)
-        return Launched(ready, self._collector(ready, logits, sampled)) if ready else Launched([], _nothing)
+        return Launched(ready, self._collector(ready, logits, sampled))
 
     def _decode_step(self, decodes: Seq[Sequence]) -> tuple[Tensor, Tensor]:
         n = len(decodes)
@@ -93,7 +101,7 @@ class GpuRunner:
 
     def _decode(self, rows: Tensor, long: bool) -> tuple[Tensor, Tensor]:
         """The work of a decode step, as a graph captures it. Returns (logits [M, V], sampled [M, 2])."""
-        parts = self._splits(len(rows), long)
+        parts = replace(self._parts, n_splits=self._n_splits(len(rows), long))
         positions = self.lanes.position
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
@@ -129,7 +137,8 @@ class GpuRunner:
         tokens = torch.cat((self.lanes.token.index_select(0, rows[:n]), self._upload(ids, torch.int64)))
         lane, position = self._upload(lanes, torch.int32), self._upload(positions, torch.int32)
         tile = self._upload(tiles, torch.int32)
-        parts = self._splits(max(n, 1), any(s.n_computed >= _LONG for s in decodes))
+        long = any(s.n_computed >= _LONG for s in decodes)
+        parts = replace(self._parts, n_splits=self._n_splits(max(n, 1), long))
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
             out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
@@ -142,7 +151,7 @@ class GpuRunner:
 
         hidden = self.model.hidden(tokens, attend)
         if not ready:
-            return [], hidden, hidden
+            return [], hidden, hidden[:0]
         logits, sampled = self._sample(hidden.index_select(0, self._upload(last, torch.int64)), rows)
         return ready, logits, sampled
 
@@ -162,7 +171,7 @@ class GpuRunner:
                 tensors[f"{i} own"] = self._download(log_p[sampled[i, :1].long()])
                 tensors[f"{i} ids"], tensors[f"{i} values"] = self._download(top.indices), self._download(top.values)
         done: torch.cuda.Event | None = None
-        if self.device.type == "cuda":
+        if self._on_gpu:
             done = torch.cuda.Event()
             done.record()
 
@@ -186,23 +195,23 @@ class GpuRunner:
         columns: list[int] = []
         blocks: list[int] = []
         for seq in sequences:
-            owner, n = self._in_table[seq.slot]
-            known = n if owner is seq and seq.n_computed > 0 else 0  # after a preemption it starts anew
+            owner, since, n = self._in_table[seq.slot]
+            known = n if owner is seq and since == seq.n_preempted else 0
             new = seq.blocks[known:]
             lanes += [seq.slot] * len(new)
             columns += range(known, known + len(new))
             blocks += new
-            self._in_table[seq.slot] = (seq, len(seq.blocks))
+            self._in_table[seq.slot] = (seq, seq.n_preempted, len(seq.blocks))
         if blocks:
             values = self._upload([lanes, columns, blocks], torch.int64)
             self.table[values[0], values[1]] = values[2].to(torch.int32)
 
     def _upload(self, numbers: Seq[Any], dtype: torch.dtype) -> Tensor:
         host = torch.tensor(numbers, dtype=dtype)
-        return host.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else host
+        return host.pin_memory().to(self.device, non_blocking=True) if self._on_gpu else host
 
     def _download(self, tensor: Tensor) -> Tensor:
-        if self.device.type != "cuda":
+        if not self._on_gpu:
             return tensor.clone()
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
@@ -214,12 +223,13 @@ class GpuRunner:
         sizes = [1, 2, 4, 8, 12, 16, *range(24, 65, 8), *range(80, 129, 16), *range(160, 1025, 32)]
         return sorted({*(b for b in sizes if b < self.max_rows), self.max_rows})
 
+    @torch.inference_mode()
     def capture(self) -> None:
         """Compile every kernel, then capture every graph, the largest first into one memory pool.
 
         Takes seconds, and says how far it is. What it computes goes to block 0 and the last lane, which are nobody's.
         """
-        if self.device.type != "cuda":
+        if not self._on_gpu:
             return
         prompt = Sequence([0] * 64, SamplingParams(1), (0,), None, None, lambda _: None, None)
         prompt.slot = self.max_rows
@@ -233,7 +243,7 @@ class GpuRunner:
             self._decode(rows, long)  # compiles kernels and lets cuBLAS choose, neither of which a capture may do
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits, sampled = self._decode(rows, long)
             self._graphs[bucket, long] = _Graph(rows, logits, sampled, graph.replay)
             if i % 8 == 7 or i + 1 == len(wanted):
@@ -246,23 +256,13 @@ class GpuRunner:
                 yield bucket, True
             yield bucket, False
 
-    def _splits(self, n_rows: int, long: bool) -> Parts:
-        """Return room for as many splits as give every multiprocessor some programs: short contexts two, long eight."""
-        if self.device.type == "cuda":
-            processors = torch.cuda.get_device_properties(self.device).multi_processor_count
-        else:
-            processors = 4
-        wanted = processors * (8 if long else 2) // (n_rows * self.model.config.n_heads)
-        n_splits = 4 if long else 1
-        while n_splits < min(wanted, 64 if long else 16):
+    def _n_splits(self, n_rows: int, long: bool) -> int:
+        """Return into how many parts, a power of two, a head's keys are split: as many as keep the whole card busy.
+
+        Short contexts get two programs for every multiprocessor, long ones eight, since their rows may differ more.
+        """
+        wanted = self._processors * (8 if long else 2) // (n_rows * self.model.config.n_heads)
+        n_splits, most = (4, 64) if long else (1, 16)
+        while n_splits < min(wanted, most):
             n_splits *= 2
-        found = self._parts.get(n_splits)
-        needed = n_rows * self.model.config.n_heads * n_splits
-        if found is None or len(found.best) < needed:
-            found = new_parts(n_rows, self.model.config.n_heads, self.model.config.head_dim, n_splits, self.device)
-            self._parts[n_splits] = found
-        return found
-
-
-def _nothing() -> Sampled:
-    return Sampled([], [])
+        return n_splits

@@ -102,6 +102,7 @@ def _write_kv(
     INT8: tl.constexpr,
 ):
     token, head = tl.program_id(0), tl.program_id(1)
+    half = tl.cast(half, tl.int64)
     position = tl.load(positions + token).to(tl.int32)
     block = tl.load(table + tl.load(lanes + token).to(tl.int64) * table_stride + position // _KV_BLOCK)
     place = (block.to(tl.int64) * n_heads + head) * _KV_BLOCK + position % _KV_BLOCK
@@ -153,6 +154,7 @@ def _decode_attention(
     INT8: tl.constexpr,
 ):
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    half = tl.cast(half, tl.int64)
     lane = tl.load(rows + row).to(tl.int64)
     n_keys = tl.load(positions + lane).to(tl.int32)  # keys in the cache; the row's own is not there yet
     d = tl.arange(0, DP)
@@ -249,6 +251,7 @@ def _prefill_attention(
     PRECISION: tl.constexpr,
 ):
     tile, head = tl.program_id(0), tl.program_id(1)
+    half = tl.cast(half, tl.int64)
     first_token, n_before = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
     n_queries, lane = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3).to(tl.int64)
     table += lane * table_stride
@@ -414,9 +417,8 @@ class Parts:
     total: Tensor
 
 
-def new_parts(n_rows: int, n_heads: int, head_dim: int, n_splits: int, device: torch.device) -> Parts:
-    """n_splits: a power of two."""
-    n = n_rows * n_heads * n_splits
+def new_parts(n: int, head_dim: int, device: torch.device, n_splits: int = 1) -> Parts:
+    """Return room for n programs of decode_attention. n_splits: a power of two; `replace` it for each step."""
     empty = [torch.empty(shape, dtype=torch.float32, device=device) for shape in ((n, head_dim), (n,), (n,))]
     return Parts(n_splits, *empty)
 

@@ -60,6 +60,9 @@ def _penalise(logits: Tensor, seq: Sequence, eos_ids: Tensor) -> None:
     p = seq.params
     if len(seq.out) < p.min_new_tokens:
         logits[eos_ids] = -torch.inf
+    if p.logit_bias:
+        ids, biases = zip(*p.logit_bias, strict=True)
+        logits[list(ids)] += torch.tensor(biases, device=logits.device)
     if p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0:
         return
     seen, counts = penalty_state(seq, len(logits), logits.device)

@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class SamplingParams:
     repetition_penalty: 1 is off; over prompt and generated tokens (CTRL, arXiv 1909.05858), like `transformers`.
     presence_penalty, frequency_penalty: 0 is off; over generated tokens only, like OpenAI's API.
     logprobs: None, or how many of the most likely tokens to report beside the chosen one.
+    logit_bias: (token id, what is added to its logit), before temperature; ids below the vocabulary's size.
     """
 
     max_new_tokens: int = 64
@@ -41,6 +43,7 @@ class SamplingParams:
     seed: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +80,10 @@ class Sequence:
     prompt: list[int]
     params: SamplingParams
     eos_ids: tuple[int, ...]
-    stop_check: Callable[[int], bool] | None
+    stop_check: Callable[[int], str | None] | None
     deadline: float | None
     on_finish: Callable[["Sequence"], None]
-    events: "TokenQueue | None"
+    events: "TokenSink | None"
     out: list[Token] = field(default_factory=list)
     n_computed: int = 0
     n_pending: int = 0
@@ -136,8 +139,8 @@ class Sequence:
             self.events.put((self, token))
         if token.id in self.eos_ids and not self.params.ignore_eos:
             self.finish("eos")
-        elif self.stop_check is not None and self.stop_check(token.id):
-            self.finish("stop")
+        elif self.stop_check is not None and (reason := self.stop_check(token.id)) is not None:
+            self.finish(reason)
         elif len(self.out) >= self.params.max_new_tokens:
             self.finish("length")
 
@@ -161,7 +164,14 @@ class Sequence:
                 self.events.put((self, None))
 
 
+class TokenSink(Protocol):
+    """Where the engine's thread puts tokens as they come, and None after the last; it must not block or raise."""
+
+    def put(self, item: tuple[Sequence, Token | None], /) -> None: ...
+
+
 TokenQueue = queue.SimpleQueue[tuple[Sequence, Token | None]]
+"""The sink of a reader that is a thread."""
 
 
 class Generation:
@@ -172,8 +182,9 @@ class Generation:
 
     def __iter__(self) -> Iterator[Token]:
         """Yield tokens as they come, for a sequence that was given a queue of its own. Raises like `result`."""
-        assert self.sequence.events is not None, "submitted without a queue"
-        while (token := self.sequence.events.get()[1]) is not None:
+        events = self.sequence.events
+        assert isinstance(events, queue.SimpleQueue), "submitted without a queue"
+        while (token := events.get()[1]) is not None:
             yield token
         self._raise()
 
