@@ -80,9 +80,9 @@ def test_a_token_drawn_after_the_end_is_thrown_away(tiny: Tiny) -> None:
     seen: list[int] = []
     prompt = random_ids(20, 3)
 
-    def third(token: int) -> bool:
+    def third(token: int) -> str | None:
         seen.append(token)
-        return len(seen) == 3
+        return "stop" if len(seen) == 3 else None
 
     want = generate(make_engine(tiny.model), prompt, max_new_tokens=3, ignore_eos=True)
     engine = make_engine(tiny.model, kernels=True)
