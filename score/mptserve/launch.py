@@ -160,6 +160,8 @@ def progress_line(line: str) -> str | None:
             return f"{record['message']}: {record['percent']} %, {record['gb']:.2f} GB in {record['seconds']:.1f} s"
         case "engine ready":
             dtype = record["dtype"].removeprefix("torch.")
+            if record.get("quant", "none") != "none":
+                dtype = f"{record['quant']} weights in {dtype}"
             return (
                 f"engine ready: {record['parameters'] / 1e6:,.1f} M parameters, {dtype} on "
                 f"{record['device']}, context {record['max_tokens']} tokens, {record['kv_blocks']} KV blocks"
