@@ -49,7 +49,7 @@ class GenerateRequest:
 
 
 @dataclass(frozen=True)
-class _Located:
+class Located:
     """A part of the body and the JSON pointer to it."""
 
     value: Any
@@ -77,7 +77,7 @@ class RequestParser:
         self._prompts = _Validator(defs["prompts"] | {"$defs": defs})
         self.defaults = {name: rule["default"] for name, rule in self.rules.items() if "default" in rule}
         try:
-            self.defaults |= self._checked(_Located(settings.default_parameters, "MPT_DEFAULTS"), n_prompts=None)
+            self.defaults |= self._checked(Located(settings.default_parameters, "MPT_DEFAULTS"), n_prompts=None)
             _combine(self.defaults, self.defaults, "MPT_DEFAULTS")
         except InvalidRequest as exc:
             raise BadSetting(f"MPT_DEFAULTS: {exc.message}") from exc
@@ -90,7 +90,10 @@ class RequestParser:
         """
         if len(body) > self.max_body_bytes:
             raise body_too_large(len(body), self.max_body_bytes)
-        prompts, parameters = _dialect(_json(body))
+        return self.build(*dialect(_json(body)))
+
+    def build(self, prompts: Located, parameters: Located) -> GenerateRequest:
+        """Return the request of prompts and parameters, wherever they stood; raises InvalidRequest."""
         self._check(self._prompts, prompts.value, prompts.pointer)
         texts = _texts(prompts)
         given = self._checked(parameters, n_prompts=len(texts))
@@ -108,7 +111,7 @@ class RequestParser:
             output_format=values["output_format"],
         )
 
-    def _checked(self, parameters: _Located, n_prompts: int | None) -> dict[str, Any]:
+    def _checked(self, parameters: Located, n_prompts: int | None) -> dict[str, Any]:
         """Return the given parameters, each checked; nulls are left out, `stop` is a list and the only name of itself.
 
         n_prompts None: no lists per prompt.
@@ -142,7 +145,7 @@ class RequestParser:
             _refuse("`stop` and `stop_sequences` are the same; give one", f"{parameters.pointer}/stop_sequences")
         for name in ("stop", "stop_sequences"):
             if name in given:
-                given["stop"] = [t.value for t in _texts(_Located(given.pop(name), f"{parameters.pointer}/{name}"))]
+                given["stop"] = [t.value for t in _texts(Located(given.pop(name), f"{parameters.pointer}/{name}"))]
         return given
 
     def _check(self, validator: "Draft202012Validator", value: Any, pointer: str, name: str = "") -> None:
@@ -204,8 +207,8 @@ def _no_constant(name: str) -> NoReturn:
     _refuse(f"the body must be JSON, which has no {name}", "", code="invalid_json")
 
 
-def _dialect(body: Any) -> tuple[_Located, _Located]:
-    """Return (prompts, parameters) from any of the forms that clients send; see request.schema.json."""
+def dialect(body: Any) -> tuple[Located, Located]:
+    """Return (prompts, parameters), unchecked, from any of the forms that clients send; see request.schema.json."""
     if not isinstance(body, dict):
         _refuse(f"the body must be a JSON object, got {_kind(body)}", "", code="wrong_type")
     key = "inputs" if "inputs" in body and "input_data" not in body else "input_data"
@@ -217,16 +220,16 @@ def _dialect(body: Any) -> tuple[_Located, _Located]:
         _only(inner, allowed, f"/{key}")
         if "input_string" not in inner:
             _refuse(f"`/{key}/input_string` is missing: the prompts go there", f"/{key}", code="missing_field")
-        prompts = _Located(inner["input_string"], f"/{key}/input_string")
+        prompts = Located(inner["input_string"], f"/{key}/input_string")
     else:
-        prompts = _Located(inner, f"/{key}")
+        prompts = Located(inner, f"/{key}")
         beside = "params" if key == "input_data" else "parameters"
     _only(body, {key, beside}, "")
     if isinstance(inner, dict) and "parameters" in inner and "parameters" in body:
         _refuse("parameters are given twice, in `input_data` and beside it", "/parameters", code="invalid_request")
     if isinstance(inner, dict) and "parameters" in inner:
-        return prompts, _Located(_or_empty(inner["parameters"]), f"/{key}/parameters")
-    return prompts, _Located(_or_empty(body.get(beside)), f"/{beside}")
+        return prompts, Located(_or_empty(inner["parameters"]), f"/{key}/parameters")
+    return prompts, Located(_or_empty(body.get(beside)), f"/{beside}")
 
 
 def _or_empty(parameters: Any) -> Any:
@@ -247,17 +250,17 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"{'`' + shown + '`' if shown == name else shown} is not known; {hint}"
 
 
-def _texts(found: _Located) -> list[_Located]:
+def _texts(found: Located) -> list[Located]:
     """Return each string of a string or a list of strings."""
     texts = [found]
     if isinstance(found.value, list):
-        texts = [_Located(text, f"{found.pointer}/{i}") for i, text in enumerate(found.value)]
+        texts = [Located(text, f"{found.pointer}/{i}") for i, text in enumerate(found.value)]
     for text in texts:
         _well_formed(text)
     return texts
 
 
-def _well_formed(text: _Located) -> None:
+def _well_formed(text: Located) -> None:
     """Refuse text that JSON can spell and UTF-8 cannot: halves of surrogate pairs."""
     try:
         text.value.encode("utf-8")
@@ -290,7 +293,7 @@ def _combine(values: dict[str, Any], given: Collection[str], pointer: str) -> No
         )
 
 
-def _prompt(text: _Located, values: dict[str, Any]) -> PromptRequest:
+def _prompt(text: Located, values: dict[str, Any]) -> PromptRequest:
     greedy = not values["do_sample"] or values["temperature"] < GREEDY_BELOW
     sampling = SamplingParams(
         max_new_tokens=int(values["max_new_tokens"]),
@@ -353,8 +356,10 @@ def _kind(value: Any) -> str:
             return f"a string of {_count(len(value), 'character')}"
         case list():
             return f"a list of {len(value)}"
-        case _:
+        case dict():
             return f"an object of {len(value)}"
+        case _:  # only tables can hold it
+            return f"a value of type {type(value).__name__}"
 
 
 def _count(n: int, what: str) -> str:

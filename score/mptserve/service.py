@@ -132,14 +132,15 @@ class Service:
         extra = {} if exc.retry_after_s is None else {"Retry-After": str(exc.retry_after_s)}
         return Answer(exc.status, extra, json.dumps(exc.as_json(request_id)).encode())
 
-    def submit(self, request: GenerateRequest, started: float) -> list[Running]:
+    def submit(self, request: GenerateRequest, started: float, events: TokenQueue | None = None) -> list[Running]:
         """Encode every prompt and hand all sequences to the engine, or none; raises ScoringError's children.
 
-        started: on the monotonic clock; the deadline counts from it.  Go on with `results`, or `stream` when the
-        request asks for one.
+        started: on the monotonic clock; the deadline counts from it.  events: where tokens go as they come, for who
+        waits for many requests at once.  Go on with `results`, or `stream` when the request asks for one.
         """
         deadline = started + self.settings.deadline_ms / 1000
-        events: TokenQueue | None = queue.SimpleQueue() if request.stream else None
+        if request.stream:
+            events = queue.SimpleQueue()
         jobs: list[Job] = []
         places: list[tuple[int, int]] = []
         for i, prompt in enumerate(request.prompts):
