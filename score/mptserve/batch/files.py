@@ -80,7 +80,7 @@ class Source:
         self.stream: IO[bytes] = self._raw
         if path.suffix.lower() == ".gz":
             unzipped = gzip.GzipFile(fileobj=self._raw)
-            self.stream = cast(IO[bytes], io.BufferedReader(unzipped, 1 << 16))  # type: ignore[type-var]
+            self.stream = cast(IO[bytes], io.BufferedReader(unzipped, 1 << 16))
 
     def __enter__(self) -> "Source":
         return self

@@ -7,7 +7,7 @@ results may wait for a slower row before them.
 import logging
 import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +91,7 @@ class Flow:
         self._passed_bytes = 0
         self._source: Source | None = None
 
-    def run(self, files: Iterator[FileRun]) -> Iterator[FileRun]:
+    def run(self, files: Iterator[FileRun]) -> Generator[FileRun, None, None]:
         """Yield each file when its last record is written; close its results then.
 
         Raises EngineBroken. However it ends, nothing stays in the engine.
@@ -127,13 +127,13 @@ class Flow:
     def _position(self) -> int:
         return self._passed_bytes + (self._source.position if self._source is not None else 0)
 
-    def _arriving(self, files: Iterator[FileRun]) -> Iterator[Any]:
+    def _arriving(self, files: Iterator[FileRun]) -> Generator[tuple[FileRun, Row | None], None, None]:
         """Yield (file, row) for every row, and (file, None) at the end of each file."""
         for run in files:
             try:
                 with Source(run.file.path) as self._source:
                     rows = read_rows(run.file, self._source, self._limit, self._rows.columns, self._rows.expand)
-                    with closing(rows):  # type: ignore[type-var]
+                    with closing(rows):
                         for row in rows:
                             yield run, row
             except BadFile as exc:

@@ -1,4 +1,4 @@
-"""A GPU for each process of a node: the driver starts several and tells them nothing, so they agree among themselves."""
+"""A GPU for each process of a node: the driver starts several and tells them nothing, so they agree on it."""
 
 import fcntl
 import logging

@@ -66,7 +66,7 @@ class BatchJob:
                     open_runs.remove(run)
                     progress.files += 1
             finally:
-                runs.close()  # type: ignore[attr-defined]
+                runs.close()
                 for run in open_runs:
                     run.results.abandon()
         return ended

@@ -3,7 +3,7 @@
 import codecs
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -36,7 +36,9 @@ Expand = Callable[[dict[str, Any]], list[Any]]
 """Takes a whole request of the online door and returns a row's value for each of its prompts."""
 
 
-def read_rows(file: InputFile, source: Source, limit: int, columns: Columns, expand: Expand) -> Iterator[Row]:
+def read_rows(
+    file: InputFile, source: Source, limit: int, columns: Columns, expand: Expand
+) -> Generator[Row, None, None]:
     """Yield the rows of a file; raises BadFile where it cannot be read on.
 
     limit: bytes of one row.
@@ -295,10 +297,8 @@ def _cells(header: list[str], cells: list[str], wanted: set[str]) -> dict[str, s
         raise InvalidRequest(f"the row must have {len(header)} cells, got {len(cells)}", code="wrong_length")
     value = {name: cell for name, cell in zip(header, cells, strict=True) if name in wanted}
     for name, cell in value.items():
-        try:
-            cell.encode("utf-8")
-        except UnicodeEncodeError as exc:
-            raise InvalidRequest(f"`/{name}` must be UTF-8", field=f"/{name}", code="invalid_encoding") from exc
+        if not cell.isascii() and any(0xDC80 <= ord(c) <= 0xDCFF for c in cell):
+            raise InvalidRequest(f"`/{name}` must be UTF-8", field=f"/{name}", code="invalid_encoding")
     return value
 
 
@@ -322,13 +322,17 @@ def _parquet(source: Source, columns: Columns) -> Iterator[Row]:
 
 def _batch_rows(batch: Any, number: int) -> Iterator[Row]:
     try:
-        for i, value in enumerate(batch.to_pylist()):
-            yield Row(number + i, None, value)
+        values = batch.to_pylist()
+    except UnicodeDecodeError:  # of one cell, and it does not say of which
+        yield from (_single_row(batch.slice(i, 1), number + i) for i in range(batch.num_rows))
+    else:
+        yield from (Row(number + i, None, value) for i, value in enumerate(values))
+
+
+def _single_row(batch: Any, number: int) -> Row:
+    try:
+        (value,) = batch.to_pylist()
+        return Row(number, None, value)
     except UnicodeDecodeError:
-        for i in range(batch.num_rows):
-            try:
-                (value,) = batch.slice(i, 1).to_pylist()
-                yield Row(number + i, None, value)
-            except UnicodeDecodeError:
-                error = InvalidRequest("the row holds a string that is not UTF-8", code="invalid_encoding")
-                yield Row(number + i, None, error=error)
+        error = InvalidRequest("the row holds a string that is not UTF-8", code="invalid_encoding")
+        return Row(number, None, error=error)

@@ -120,7 +120,7 @@ class Parquet:
         self._pyarrow = pyarrow
         text, whole = pyarrow.string(), pyarrow.int64()
         error = pyarrow.struct([("code", text), ("message", text), ("field", text)])
-        kinds = {name: whole for name in ("row", "line", "sequence", "prompt_tokens", "generated_tokens", "seed")}
+        kinds = dict.fromkeys(("row", "line", "sequence", "prompt_tokens", "generated_tokens", "seed"), whole)
         kinds |= {"error": error}
         self._schema = pyarrow.schema([(name, kinds.get(name, text)) for name in FIELDS])
         self._writer = pyarrow.parquet.ParquetWriter(file, self._schema, compression="zstd")

@@ -48,9 +48,11 @@ class Tally:
 
 def tally(found: dict[str, Any]) -> Tally:
     """Return the tally in a summary that was read."""
-    names = vars(Tally())
-    values = {name: found[name] for name in names}
-    return Tally(**{n: Counter(v) if isinstance(v, dict) else v for n, v in values.items()})
+    read = Tally()
+    for name in vars(read):
+        value = found[name]
+        setattr(read, name, Counter(value) if isinstance(value, dict) else value)
+    return read
 
 
 class Summaries:
