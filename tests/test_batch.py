@@ -1,4 +1,4 @@
-"""A batch job on the embedded model: every format, the online door's answers, order, tries, whole files, flat memory."""
+"""A batch job on the embedded model: every format, the online door's answers, order, whole files, flat memory."""
 
 import json
 import subprocess

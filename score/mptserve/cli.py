@@ -1,4 +1,4 @@
-"""The `mptserve` command: serve a model on this machine through Azure's own server, or see it answer once."""
+"""The `mptserve` command: serve a model through Azure's own server, see it answer once, score files of rows."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from mptserve.batch.command import add_commands as add_batch_commands
 from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
 
 SAMPLES = SCORE_DIR.parent / "samples"
@@ -26,13 +27,17 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--port", type=int, default=5001)
         command.add_argument(
             "--model-dir",
-            default=os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m"),
+            default=default_model_dir(),
             help="checkpoint folder",
         )
         command.add_argument(
             "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
         )
+    add_batch_commands(commands, default_model_dir())
     args = parser.parse_args(argv)
+    if hasattr(args, "run"):
+        status: int = args.run(args)
+        return status
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind
     try:
         with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:
@@ -44,6 +49,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 0
+
+
+def default_model_dir() -> str:
+    """Return the checkpoint folder that is set, or the embedded model's."""
+    return os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m")
 
 
 class _Echo:
