@@ -1,9 +1,14 @@
 """Fixtures of more than one test file."""
 
+import os
 import threading
 from collections.abc import Iterator
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports kernels.py
 
 from insights import Ingestion
 from serving import QUEUE_LIMIT, LoggedServer

@@ -45,20 +45,25 @@ def make_engine(
     max_rows: int = 16,
     prefill_tokens: int = 512,
     paged: bool = False,
+    kernels: bool = False,
+    kv_dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> MPTEngine:
-    """Return a running engine on a CPU; `paged` takes the GPU's cache and attention."""
+    """Return a running engine on a CPU; `paged` takes the GPU's cache and plain attention, `kernels` its kernels too,
+    which Triton must be interpreting."""
     config = model.config
     cache: Any
-    attention: Any
-    if paged:
-        cache = PagedCache(config, n_blocks, torch.float32, CPU)
-        attention = PagedAttention(config, cache)
+    limits = {"max_tokens": min(config.max_seq_len, n_blocks * 32), "queue_limit": 10_000} | options
+    if paged or kernels:
+        cache = PagedCache(config, n_blocks, kv_dtype, CPU, max_rows)
     else:
         cache = SlotCache(config, n_blocks, max_rows, config.max_seq_len)
-        attention = SlotAttention(config, cache)
-    scheduler = Scheduler(cache, max_rows, prefill_tokens, exact_resume=not paged)
-    limits = {"max_tokens": min(config.max_seq_len, n_blocks * 32), "queue_limit": 10_000} | options
+    scheduler = Scheduler(cache, max_rows, prefill_tokens, exact_resume=not (paged or kernels))
+    if kernels:
+        from mptserve.engine.gpu_runner import GpuRunner
+
+        return MPTEngine(GpuRunner(model, cache, max_rows, limits["max_tokens"]), scheduler, **limits)
+    attention: Any = PagedAttention(config, cache) if paged else SlotAttention(config, cache)
     return MPTEngine(Runner(model, attention), scheduler, **limits)
 
 

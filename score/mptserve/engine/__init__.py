@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from mptserve.engine.attention import Chunk
-from mptserve.engine.runner import Runner
+from mptserve.engine.runner import Launched, StepRunner
 from mptserve.engine.scheduler import Scheduler
 from mptserve.engine.sequence import Generation, SamplingParams, Sequence, Token, TokenQueue
 from mptserve.errors import ContextTooLong, GenerationFailed, QueueFull, ScoringError, Unavailable
@@ -88,7 +88,7 @@ class MPTEngine:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: StepRunner,
         scheduler: Scheduler,
         *,
         max_tokens: int,
@@ -104,6 +104,7 @@ class MPTEngine:
         self._inbox: list[Sequence] = []
         self._wake = threading.Condition()
         self.draining = self._closed = False
+        self._running: Launched | None = None  # launched, not collected
         self._thread = threading.Thread(target=self._loop, name="mpt-engine", daemon=True)
         self._thread.start()
 
@@ -183,10 +184,7 @@ class MPTEngine:
             if self._closed:
                 break
             try:
-                self.scheduler.retire()
-                decodes, chunks = self.scheduler.next_step()
-                if decodes or chunks:
-                    self._step(decodes, chunks)
+                self._step()
             except Exception as exc:  # the scheduler itself is broken, or the device is: nothing can be trusted now
                 log.exception("the engine stopped")
                 self.failure = f"{type(exc).__name__}: {exc}"
@@ -197,43 +195,71 @@ class MPTEngine:
                 return
         self._end_all(Unavailable("the server shut down", code="draining"))
 
-    def _step(self, decodes: list[Sequence], chunks: list[Chunk]) -> None:
-        """Run one step; when it fails, run its sequences one by one, so that only those that must fail do."""
+    def _step(self) -> None:
+        """Launch the next step, and read the last one's tokens while the device works on it, if the runner can."""
+        self.scheduler.retire()
+        if self.scheduler.may_preempt:
+            self._collect()
+        decodes, chunks = self.scheduler.next_step()
         started = time.monotonic()
+        launched = self._launch(decodes, chunks) if decodes or chunks else None
+        self._collect()
+        self._running = launched
+        if not self.runner.overlaps:
+            self._collect()
+        if launched is not None:
+            self._stats.steps += 1
+            self._stats.step_seconds += time.monotonic() - started
+
+    def _launch(self, decodes: list[Sequence], chunks: list[Chunk]) -> Launched | None:
+        """Launch one step; when that fails, run its sequences one by one, so that only those that must fail do."""
         try:
-            ready, sampled = self.runner.step(decodes, chunks)
+            launched = self.runner.launch(decodes, chunks)
         except Exception as exc:
             if _device_is_lost(exc):
                 raise
+            self._collect()
             if len(decodes) + len(chunks) == 1:
                 seq = decodes[0] if decodes else chunks[0].seq
                 log.exception("a step failed for one sequence")
                 seq.finish("error", GenerationFailed("computing this sequence failed; the log has the reason"))
-                return
+                return None
             log.warning("a step of %d sequences failed (%s); trying them one by one", len(decodes) + len(chunks), exc)
-            for seq in decodes:
-                self._step([seq], [])
+            for seq in [s for s in decodes if s.wants_more]:
+                self._running = self._launch([seq], [])
+                self._collect()
             for chunk in chunks:
-                self._step([], [chunk])
-            return
+                self._running = self._launch([], [chunk])
+                self._collect()
+            return None
         self.scheduler.advance(decodes, chunks)
-        stats = self._stats
-        stats.prompt_tokens += sum(c.n for c in chunks)
-        stats.reused_tokens += sum(c.seq.n_reused for c in chunks if c.start == c.seq.n_reused)
-        for seq, token, finite in zip(ready, sampled.tokens, sampled.finite, strict=True):
+        for seq in launched.ready:
+            seq.n_pending += 1
+        self._stats.prompt_tokens += sum(c.n for c in chunks)
+        self._stats.reused_tokens += sum(c.seq.n_reused for c in chunks if c.start == c.seq.n_reused)
+        return launched
+
+    def _collect(self) -> None:
+        """Wait for the step in flight, if there is one, and give its tokens to their sequences."""
+        launched, self._running = self._running, None
+        if launched is None:
+            return
+        sampled = launched.collect()
+        for seq, token, finite in zip(launched.ready, sampled.tokens, sampled.finite, strict=True):
+            seq.n_pending -= 1
+            if seq.finish_reason is not None:  # ended while the step ran: this token is one too many
+                continue
             if not finite:
                 log.error("the model computed logits that are not numbers")
                 self.scheduler.cache.wipe(seq)
                 seq.finish("error", GenerationFailed("the model computed logits that are not numbers"))
                 continue
+            self._stats.generated_tokens += 1
             try:
                 seq.append(token)
             except Exception:  # the caller's stop_check
                 log.exception("a stop check failed")
                 seq.finish("error", GenerationFailed("checking stop strings failed; the log has the reason"))
-        stats.generated_tokens += len(ready)
-        stats.steps += 1
-        stats.step_seconds += time.monotonic() - started
 
     def _end_all(self, error: ScoringError) -> None:
         with self._wake:

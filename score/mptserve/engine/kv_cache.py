@@ -179,15 +179,23 @@ class SlotCache:
 
 
 class PagedCache:
-    """Keys and values in blocks of one pool; sequences hold tables of block numbers.
+    """Keys and values in blocks of one pool; sequences hold tables of block numbers, and a slot number each.
 
-    kv: [n_layers, 2, n_blocks, H, 32, D] in the model's dtype.  Block 0 is never handed out: padding points there.
+    kv: [n_layers, 2, n_blocks, H, 32, D] in the model's dtype or int8.  Block 0 is never handed out: padding points
+    there.  scales: [n_layers, 2, n_blocks, H, 32] float32, what int8 is multiplied by; empty for other dtypes.
+    kmax: [n_layers, H] int32, the bits of the largest squared norm (float32) of any key so far; see kernels.py.
     """
 
-    def __init__(self, config: MPTConfig, n_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: MPTConfig, n_blocks: int, dtype: torch.dtype, device: torch.device, n_slots: int = 32
+    ) -> None:
         self.n_blocks = n_blocks
         shape = (config.n_layers, 2, n_blocks + 1, config.n_heads, BLOCK, config.head_dim)
         self.kv = torch.zeros(shape, dtype=dtype, device=device)
+        scales = (*shape[:-1], 1) if dtype == torch.int8 else (*shape[:-1], 0)
+        self.scales = torch.zeros(scales, device=device).flatten(-2)
+        self.kmax = torch.zeros(config.n_layers, config.n_heads, dtype=torch.int32, device=device)
+        self._slots = list(range(n_slots - 1, -1, -1))
         self._free = list(range(n_blocks, 0, -1))
         self._users = [0] * (n_blocks + 1)
         self._block_of: dict[bytes, int] = {}
@@ -214,8 +222,9 @@ class PagedCache:
         n_match = self.matched(seq)
         shared = [self._block_of[key] for key in seq.block_keys[:n_match]]
         n_new = n_blocks_for(seq.n_tokens + 1) - n_match
-        if n_new > self.n_free_blocks - sum(block in self._idle for block in shared):
+        if not self._slots or n_new > self.n_free_blocks - sum(block in self._idle for block in shared):
             return False
+        seq.slot = self._slots.pop()
         for block in shared:
             self._idle.pop(block, None)
             self._users[block] += 1
@@ -248,6 +257,9 @@ class PagedCache:
                 else:
                     self._free.append(block)
         seq.blocks = []
+        if seq.slot >= 0:
+            self._slots.append(seq.slot)
+            seq.slot = -1
 
     def wipe(self, seq: Sequence) -> None:
         """Zero the blocks that only `seq` uses: NaN or infinity must not outlive it."""
@@ -255,6 +267,7 @@ class PagedCache:
             if self._users[block] == 1:
                 self._forget(block)
                 self.kv[:, :, block] = 0
+                self.scales[:, :, block] = 0
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)

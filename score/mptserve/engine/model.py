@@ -23,11 +23,11 @@ Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Linear(Protocol):
-    """y = x Wᵀ + b, with the two neighbours that a kernel can fuse."""
+    """y = norm(x) Wᵀ + b, with the neighbours that a kernel can fuse."""
 
-    def __call__(self, x: Tensor) -> Tensor: ...
-    def gelu(self, x: Tensor) -> Tensor:
-        """Return GELU(x Wᵀ + b), the exact erf form."""
+    def __call__(self, x: Tensor, norm: "Norm | None" = None) -> Tensor: ...
+    def gelu(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
+        """Return GELU(norm(x) Wᵀ + b), the exact erf form."""
         ...
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -41,13 +41,15 @@ class PlainLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def __call__(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
+        return F.linear(x if norm is None else norm(x), self.weight, self.bias)
 
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(F.linear(x, self.weight, self.bias))
+    def gelu(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
+        return F.gelu(F.linear(x if norm is None else norm(x), self.weight, self.bias))
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        if self.bias is None:  # one call: the product adds up onto the residual
+            return torch.addmm(residual, x, self.weight.T)
         return F.linear(x, self.weight, self.bias) + residual
 
 
@@ -66,11 +68,13 @@ class PackedLinear:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
         self.bias = bias
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
+        x = x if norm is None else norm(x)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return y
 
-    def gelu(self, x: Tensor) -> Tensor:
+    def gelu(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
+        x = x if norm is None else norm(x)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
         return y
 
@@ -129,7 +133,7 @@ class MPT:
         n, heads, head_dim = len(token_ids), config.n_heads, config.head_dim
         x = F.embedding(token_ids, self.wte)
         for i, block in enumerate(self.blocks):
-            qkv = block.Wqkv(block.norm_1(x))
+            qkv = block.Wqkv(x, block.norm_1)
             if config.clip_qkv is not None:
                 qkv = qkv.clamp_(-config.clip_qkv, config.clip_qkv)
             if block.q_ln is not None and block.k_ln is not None:
@@ -138,7 +142,7 @@ class MPT:
             qkv = qkv.view(n, 3, heads, head_dim)
             attention = attend(i, qkv[:, 0], qkv[:, 1:])
             x = block.out_proj.add(attention, x)
-            x = block.down_proj.add(block.up_proj.gelu(block.norm_2(x)), x)
+            x = block.down_proj.add(block.up_proj.gelu(x, block.norm_2), x)
         return self.norm_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -23,6 +23,23 @@ class Attention(Protocol):
     def plan(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> Plan: ...
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way. ready: the sequences that it draws a token for.  collect: waits, and returns the tokens."""
+
+    ready: list[Sequence]
+    collect: Callable[[], Sampled]
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a runner. overlaps: whether a step may be launched before the last is collected."""
+
+    model: MPT
+    overlaps: bool
+
+    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> Launched: ...
+
+
 _WORTH_THREADS = 0.5e-3
 """Seconds of one thread's work in an operation from which more threads are worth their meeting.
 
@@ -65,16 +82,18 @@ class Runner:
     speed: of one CPU thread.  n_threads: of the CPU, at most.
     """
 
+    overlaps = False
+
     def __init__(self, model: MPT, attention: Attention, speed: ThreadSpeed | None = None, n_threads: int = 1) -> None:
         self.model, self.attention, self.speed, self.n_threads = model, attention, speed, n_threads
         self.eos_ids = torch.tensor(model.config.eos_token_ids, device=model.device)
 
-    def step(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> tuple[list[Sequence], Sampled]:
-        """Compute the step; return the sequences that got a token, and the tokens, in the same order.
+    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> Launched:
+        """Compute the step, to its end.
 
-        A sequence gets one when its last known token was in the step: not in the middle of its prompt, and not while
-        it catches up after a preemption. Writes keys and values, but changes no sequence, so that a failed step can be
-        tried again.
+        A sequence gets a token when its last known token was in the step: not in the middle of its prompt, and not
+        while it catches up after a preemption. Writes keys and values, but changes no sequence, so that a failed step
+        can be tried again.
         """
         decodes = sorted(decodes, key=lambda s: s.slot)
         ids = [s.token(s.n_computed) for s in decodes]
@@ -88,10 +107,11 @@ class Runner:
         plan = self.attention.plan(decodes, chunks)
         hidden = self.model.hidden(self._ids(ids), plan)
         if not ready:
-            return [], Sampled([], [])
+            return Launched([], lambda: Sampled([], []))
         last = hidden[self._ids([i for i, _ in ready])]
         rows = [seq for _, seq in ready]
-        return rows, sample(self.model.logits(last)[: len(rows)], rows, self.eos_ids)
+        sampled = sample(self.model.logits(last)[: len(rows)], rows, self.eos_ids)
+        return Launched(rows, lambda: sampled)
 
     def _threads(self, n_tokens: int) -> int:
         """Return how many threads this step is worth.

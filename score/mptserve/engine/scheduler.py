@@ -47,13 +47,18 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         self.n_preemptions = 0
 
+    @property
+    def may_preempt(self) -> bool:
+        """Whether the next step might have to: only sequences with no pending token can be preempted."""
+        return self.cache.n_free_blocks < len(self.running)
+
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
     def next_step(self) -> tuple[list[Sequence], list[Chunk]]:
         """Return (decoding rows, prompt chunks) of the next step; both empty when there is nothing to do."""
         self._admit()
-        for seq in list(self.running):  # oldest first, so it is the youngest that make room
+        for seq in [s for s in self.running if s.wants_more]:  # oldest first, so it is the youngest that make room
             while seq in self.running and not self.cache.extend(seq, seq.n_computed + 1):
                 self._preempt(self.running[-1])
         budget = self.prefill_tokens
@@ -61,6 +66,8 @@ class Scheduler:
         chunks: list[Chunk] = []
         for seq in self.running:
             n_left = self._n_prefill(seq) - seq.n_computed
+            if not seq.wants_more:
+                continue
             if n_left <= 0:
                 decodes.append(seq)
             elif budget >= BLOCK:

@@ -69,7 +69,8 @@ class Timings:
 class Sequence:
     """The engine's record of one sequence. Owned by the engine's thread once submitted.
 
-    n_computed: tokens whose keys and values are in the cache.  block_keys: chained digests of the prompt's full
+    n_computed: tokens whose keys and values are in the cache.  n_pending: tokens that a step has drawn, but that have
+    not been read back from the device yet (0 or 1).  block_keys: chained digests of the prompt's full
     blocks.  events: where tokens go as they come, then None; several sequences may share one queue.
     """
 
@@ -82,6 +83,7 @@ class Sequence:
     events: "TokenQueue | None"
     out: list[Token] = field(default_factory=list)
     n_computed: int = 0
+    n_pending: int = 0
     n_reused: int = 0
     n_preempted: int = 0
     slot: int = -1
@@ -112,6 +114,11 @@ class Sequence:
     def n_max(self) -> int:
         """The most tokens that can ever be in the cache: the last generated one is never fed back."""
         return len(self.prompt) + self.params.max_new_tokens - 1
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another token may follow those drawn so far."""
+        return self.finish_reason is None and len(self.out) + self.n_pending < self.params.max_new_tokens
 
     def token(self, position: int) -> int:
         n = len(self.prompt)

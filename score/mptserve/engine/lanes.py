@@ -1,0 +1,81 @@
+"""The state of decoding rows on a GPU, where a step can find and move it on without the CPU.
+
+A lane is a column of three arrays. A sequence has one from its admission to its end; steps name the lanes they work
+on, so that rows can come and go while everything stays where it is, as CUDA graphs want it.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mptserve.engine.sequence import Sequence
+
+IN_PROMPT = 1 << 20
+"""Added to a token's count when it is in the prompt."""
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """integers: [8, lanes] int64: last token, tokens in the cache, tokens generated, seed, top_k, min_new_tokens,
+    penalised (0 or 1).  numbers: [8, lanes] float32: temperature, top_p, min_p, repetition, presence and frequency
+    penalty.  counts: [lanes, V] int32: how often a token was generated, plus IN_PROMPT; kept where penalised.
+
+    The last lane belongs to nobody: rows that only fill a batch up name it.
+    """
+
+    integers: Tensor
+    numbers: Tensor
+    counts: Tensor
+
+    @property
+    def token(self) -> Tensor:
+        return self.integers[0]
+
+    @property
+    def position(self) -> Tensor:
+        return self.integers[1]
+
+
+@dataclass(frozen=True)
+class LaneState:
+    """What a lane is set to: its sequence as it is now, with `n_cached` tokens in the cache."""
+
+    lane: int
+    seq: Sequence
+    n_cached: int
+
+
+def new_lanes(n_lanes: int, n_vocab: int, device: torch.device) -> Lanes:
+    return Lanes(
+        torch.zeros(8, n_lanes, dtype=torch.int64, device=device),
+        torch.zeros(8, n_lanes, dtype=torch.float32, device=device),
+        torch.zeros(n_lanes, n_vocab, dtype=torch.int32, device=device),
+    )
+
+
+def set_lanes(lanes: Lanes, states: Seq[LaneState]) -> None:
+    """Overwrite lanes."""
+    device = lanes.integers.device
+    integers, numbers = [], []
+    for state in states:
+        seq, p = state.seq, state.seq.params
+        penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+        last = seq.token(seq.n_tokens - 1)
+        integers.append((last, state.n_cached, len(seq.out), p.seed, p.top_k, p.min_new_tokens, int(penalised), 0))
+        numbers.append(
+            (p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty, 0.0, 0.0)
+        )
+        if penalised:
+            lanes.counts[state.lane] = _counts(seq, lanes.counts.shape[1]).to(device, non_blocking=True)
+    which = torch.tensor([state.lane for state in states]).to(device, non_blocking=True)
+    lanes.integers[:, which] = torch.tensor(integers).T.to(device, non_blocking=True)
+    lanes.numbers[:, which] = torch.tensor(numbers, dtype=torch.float32).T.to(device, non_blocking=True)
+
+
+def _counts(seq: Sequence, n_vocab: int) -> Tensor:
+    counts = torch.bincount(torch.tensor([t.id for t in seq.out], dtype=torch.long), minlength=n_vocab)
+    in_prompt = torch.zeros(n_vocab, dtype=torch.bool)
+    in_prompt[[t for t in seq.prompt if t < n_vocab]] = True
+    return (counts[:n_vocab] + in_prompt * IN_PROMPT).to(torch.int32)
