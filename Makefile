@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 PORT ?= 5001
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo serve test test-all check format bench clean
+.PHONY: help install demo serve azure-local test test-all check format bench clean
 help: ## Say what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed ## Make .venv with the pins of conda.yaml and the development tools
 $(VENV)/.installed: pyproject.toml conda.yaml
@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml conda.yaml
 	@echo "installing into $(VENV) (PyTorch is the large part; later runs skip this)"
 	@$(PYTHON) -m venv $(VENV)
 	@sed -n 's/^ *- \([A-Za-z0-9._-]*==.*\)$$/\1/p' conda.yaml > $(VENV)/constraints.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,azure]'
 	@touch $@
 
 demo: install ## Start Azure's server on the embedded model, post the sample request, print the answer, stop
@@ -23,6 +23,9 @@ demo: install ## Start Azure's server on the embedded model, post the sample req
 
 serve: install ## Keep the server running; AZUREML_MODEL_DIR=/models/mpt-7b serves your own model
 	@$(BIN)/mptserve serve --port $(PORT)
+
+azure-local: install ## Azure ML on this machine, for the SDK and the notebooks: prints what to paste into a notebook
+	@PYTHONPATH=score:tests $(BIN)/python -m local_azure
 
 test: install ## The fast tests: CPU, offline
 	@$(BIN)/python -m pytest

@@ -1,10 +1,11 @@
-"""The `mptserve` command: serve a model through Azure's own server, see it answer once, score files of rows."""
+"""The `mptserve` command: serve a model through Azure's own server, see it answer once, score files, check YAML."""
 
 import argparse
 import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import urllib.error
@@ -12,9 +13,11 @@ import urllib.request
 from pathlib import Path
 
 from mptserve.batch.command import add_commands as add_batch_commands
+from mptserve.check import command as check_command
 from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
 
 SAMPLES = SCORE_DIR.parent / "samples"
+ROLLOUT = SCORE_DIR.parent / "endpoint" / "rollout.sh"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,10 +37,20 @@ def main(argv: list[str] | None = None) -> int:
             "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
         )
     add_batch_commands(commands, default_model_dir())
+    check = commands.add_parser(
+        "check", help="find mistakes in Azure ML YAML files, offline, or see what fits a machine"
+    )
+    check_command.add_arguments(check)
+    rollout = commands.add_parser("rollout", help="replace a deployment on Azure step by step (endpoint/rollout.sh)")
+    rollout.add_argument("arguments", nargs=argparse.REMAINDER, help="as the script says when it is given none")
     args = parser.parse_args(argv)
     if hasattr(args, "run"):
         status: int = args.run(args)
         return status
+    if args.command == "check":
+        return check_command.run(args)
+    if args.command == "rollout":
+        return subprocess.run(["bash", str(ROLLOUT), *args.arguments], check=False).returncode
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind
     try:
         with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:

@@ -48,17 +48,22 @@ def run_on_ray(files: list[str], root: Path, environ: dict[str, str], workers: i
     if started:
         ray.init(log_to_driver=True)
     try:
-        gpus = 1 if ray.cluster_resources().get("GPU", 0) >= workers else 0
+        have = ray.cluster_resources()
+        kind = "GPU" if have.get("GPU", 0) >= workers else "CPU"
+        if have.get(kind, 0) < workers:
+            raise StartupError(
+                f"--workers {workers} needs as many GPUs or CPUs; the cluster has {have.get('CPU', 0):g} CPUs"
+            )
         per_call = max(1, min(FILES_PER_CALL, -(-len(files) // workers)))
-        names = ray.data.from_items([{"path": str(Path(f).absolute())} for f in files])
-        scored = names.repartition(-(-len(files) // per_call)).map_batches(
+        rows = [{"path": str(Path(f).absolute())} for f in files]
+        # Blocks are made here, not by a task, which would wait for a CPU when the actors have them all.
+        ray.data.from_items(rows, override_num_blocks=-(-len(files) // per_call)).map_batches(
             Scorer,
-            fn_constructor_kwargs={"environ": kept, "root": str(root.absolute())},
+            fn_constructor_args=(kept, str(root.absolute())),
             batch_size=per_call,
-            concurrency=workers,
-            num_gpus=gpus or None,
-        )
-        scored.take_all()
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            num_gpus=1 if kind == "GPU" else None,
+        ).take_all()
     finally:
         if started:
             ray.shutdown()

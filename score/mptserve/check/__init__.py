@@ -1,0 +1,63 @@
+"""`mptserve check`: finds mistakes in Azure ML's YAML before Azure does, offline.
+
+Microsoft's own loader (loader.py) and our rules (rules.py), file by file:
+
+    document.py ─▶ loader.py, *_rules.py, files.py, variables.py, sizes.py ─▶ problems, each with line, rule and fix
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from mptserve.check.document import Document, NotReadable, read_document
+from mptserve.check.loader import SdkMissing, load_with_sdk
+from mptserve.check.problem import Problem
+from mptserve.check.rules import BY_KIND, RULES
+
+__all__ = ["RULES", "Problem", "SdkMissing", "check_file", "yaml_files"]
+
+
+def yaml_files(paths: Iterable[Path]) -> Iterator[Path]:
+    """Yield the files, and the YAML files below the folders; raises FileNotFoundError."""
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml") and p.is_file())
+            yield from (p for p in found if not _is_conda(p))
+        elif path.exists():
+            yield path
+        else:
+            raise FileNotFoundError(f"there is no {path}")
+
+
+def check_file(path: Path, changes: Mapping[str, str] | None = None, *, sdk: bool = True) -> list[Problem]:
+    """Return what is wrong with one file, by line.
+
+    changes: as az's `--set`.  sdk: also ask azure-ai-ml; raises SdkMissing where it is not installed.
+    """
+    try:
+        document = read_document(path, changes)
+    except NotReadable as exc:
+        return [exc.problem]
+    found = [
+        Problem(path, line, "duplicate-key", f"`{key}` comes a second time", "keep one: the last would win")
+        for line, key in document.duplicates
+    ]
+    kind = document.kind
+    if kind is None:
+        said = "nothing says what this file describes"
+        found.append(Problem(path, 1, "kind", said, "begin with $schema, as the files in endpoint/ do"))
+    elif kind != "other":
+        found += _check(document, kind, sdk)
+    return sorted(p for p in set(found) if (p.path, p.line, p.rule) not in document.allowed)
+
+
+def _check(document: Document, kind: str, sdk: bool) -> Iterator[Problem]:
+    if sdk:
+        yield from load_with_sdk(document)
+    for rule in BY_KIND[kind]:
+        yield from rule(document)
+
+
+def _is_conda(path: Path) -> bool:
+    """Whether a file found in a folder is a conda file, which Azure reads only through an environment that names it."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return any(line.startswith("dependencies:") for line in lines)

@@ -1,0 +1,191 @@
+"""One YAML file as values that know their line, with an overlay or `--set` changes applied.
+
+A comment `# over: FILE` makes a file an overlay: it is checked as FILE with the overlay's keys put over it. A comment
+`# allow: RULE` at the end of a line accepts what that rule says about that line.
+"""
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mptserve.check.problem import Problem
+
+Pointer = tuple[str | int, ...]
+"""Where a value lies: the keys and list positions from the top."""
+
+_KINDS = {
+    "managedOnlineEndpoint": "online endpoint",
+    "managedOnlineDeployment": "online deployment",
+    "batchEndpoint": "batch endpoint",
+    "batchDeployment": "batch deployment",
+    "modelBatchDeployment": "batch deployment",
+    "model": "model",
+    "environment": "environment",
+}
+OTHER_KINDS = ("kubernetesOnline", "pipeline", "command", "data", "schedule", "compute", "workspace", "component")
+"""Schemas of Azure ML that describe something else than what this package deploys; such files are left alone."""
+
+
+class NotReadable(Exception):
+    """The file cannot be taken apart; `problem` says where and why."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(str(problem))
+        self.problem = problem
+
+
+@dataclass(frozen=True)
+class Document:
+    """A parsed file. `folder` is what its relative paths start from: of the base, for an overlay."""
+
+    path: Path
+    folder: Path
+    value: dict[str, Any]
+    places: dict[Pointer, tuple[Path, int]]
+    duplicates: tuple[tuple[int, str], ...] = ()
+    allowed: frozenset[tuple[Path, int, str]] = field(default=frozenset())
+
+    def get(self, *pointer: str | int, default: Any = None) -> Any:
+        """Return the value at `pointer`, or `default` where there is none."""
+        at: Any = self.value
+        for key in pointer:
+            inside_list = isinstance(at, list) and isinstance(key, int) and key < len(at)
+            if not inside_list and not (isinstance(at, dict) and key in at):
+                return default
+            at = at[key]
+        return at
+
+    def place(self, *pointer: str | int) -> tuple[Path, int]:
+        """Return file and line of the value, or of the nearest one above it that was written down."""
+        while pointer and pointer not in self.places:
+            pointer = pointer[:-1]
+        return self.places.get(pointer, (self.path, 1))
+
+    def problem(self, pointer: Pointer, rule: str, message: str, fix: str) -> Problem:
+        path, line = self.place(*pointer)
+        return Problem(path, line, rule, message, fix)
+
+    @property
+    def kind(self) -> str | None:
+        """Return what the file describes, by its `$schema`, else by the keys that only one kind has; None: unclear."""
+        schema = str(self.value.get("$schema", "")).rsplit("/", 1)[-1].partition(".")[0]
+        if schema in _KINDS:
+            return _KINDS[schema]
+        if schema.startswith(OTHER_KINDS):
+            return "other"
+        keys = self.value.keys()
+        if "endpoint_name" in keys:
+            batch = {"compute", "settings", "mini_batch_size", "retry_settings", "output_action"} & keys
+            return "batch deployment" if batch else "online deployment"
+        if {"traffic", "mirror_traffic", "public_network_access"} & keys or "auth_mode" in keys:
+            return "online endpoint"
+        if {"conda_file", "build", "image"} & keys:
+            return "environment"
+        if "path" in keys and str(self.value.get("type", "custom_model")).endswith("_model"):
+            return "model"
+        return None
+
+
+def read_document(path: Path, changes: Mapping[str, str] | None = None) -> Document:
+    """Return the file at `path`, its `changes` (as in az's `--set a.b=c`) applied; raises NotReadable."""
+    document = _with_overlay(_parse(path))
+    for name, text in (changes or {}).items():
+        _set(document.value, name, yaml.safe_load(text) if text else "")
+    return document
+
+
+def _parse(path: Path) -> Document:
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise NotReadable(Problem(path, 1, "yaml", f"cannot be read: {exc}", "give a YAML file in UTF-8")) from exc
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        said = getattr(exc, "problem", None) or str(exc)
+        line = mark.line + 1 if mark else 1
+        raise NotReadable(
+            Problem(path, line, "yaml", f"is no YAML: {said}", "mind the indentation and quotes")
+        ) from exc
+    if not isinstance(value, dict) or node is None:
+        found = type(value).__name__
+        raise NotReadable(Problem(path, 1, "yaml", f"must hold keys and values, got {found}", "give one object a file"))
+    places: dict[Pointer, tuple[Path, int]] = {(): (path, 1)}
+    duplicates: list[tuple[int, str]] = []
+    for pointer, line, again in _walk(node, ()):
+        places[pointer] = (path, line)
+        if again:
+            duplicates.append((line, str(pointer[-1])))
+    allowed = {
+        (path, number, rule)
+        for number, line in enumerate(text.splitlines(), 1)
+        for found in re.findall(r"# allow: ([a-z0-9-]+(?:, *[a-z0-9-]+)*)", line)
+        for rule in re.split(", *", found)
+    }
+    return Document(path, path.parent, value, places, tuple(duplicates), frozenset(allowed))
+
+
+def _walk(node: yaml.Node, at: Pointer) -> Iterator[tuple[Pointer, int, bool]]:
+    """Yield every value's pointer, the line of its key, and whether that key was there before."""
+    if isinstance(node, yaml.MappingNode):
+        seen = set()
+        for key, child in node.value:
+            pointer = (*at, key.value)
+            yield pointer, key.start_mark.line + 1, key.value in seen
+            seen.add(key.value)
+            yield from _walk(child, pointer)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, child in enumerate(node.value):
+            yield (*at, i), child.start_mark.line + 1, False
+            yield from _walk(child, (*at, i))
+
+
+def _with_overlay(document: Document) -> Document:
+    """Return the document, put over its base when a comment in its head names one."""
+    head = document.path.read_text(encoding="utf-8")
+    found = re.search(r"^# over: (\S+)$", head, flags=re.MULTILINE)
+    if not found:
+        return document
+    base_path = document.path.parent / found[1]
+    if not base_path.is_file():
+        line = head[: found.start()].count("\n") + 1
+        said = f"lies over {found[1]}, which is not there"
+        raise NotReadable(Problem(document.path, line, "file-missing", said, "give its path from this file's folder"))
+    base = _with_overlay(_parse(base_path))
+    value, places = _merged(base.value, document.value), base.places | document.places
+    return Document(document.path, base.folder, value, places, document.duplicates, base.allowed | document.allowed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return base with the keys of `over`, object by object; lists and plain values are replaced."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _set(value: dict[str, Any], name: str, new: Any) -> None:
+    """Put `new` at the dotted place, as az's `--set` does; `a[0].b` reaches into lists."""
+    keys = [int(part) if part.isdigit() else part for part in re.split(r"\.|\[|\]\.?", name) if part]
+    at: Any = value
+    for key, following in itertools.pairwise(keys):
+        empty: Any = [] if isinstance(following, int) else {}
+        if isinstance(at, list) and isinstance(key, int):
+            at.extend([empty] * (key + 1 - len(at)))
+            at = at[key]
+        else:
+            below = at.get(key)
+            if not isinstance(below, dict | list):
+                at[key] = empty
+            at = at[key]
+    if isinstance(at, list) and isinstance(keys[-1], int):
+        at[keys[-1] :] = [new]
+    else:
+        at[keys[-1]] = new

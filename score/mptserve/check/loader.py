@@ -1,0 +1,101 @@
+"""Microsoft's own loader of the YAML, from the azure-ai-ml package (the extra `azure`)."""
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from mptserve.check.document import Document, Pointer
+from mptserve.check.problem import Problem
+
+
+class SdkMissing(Exception):
+    """azure-ai-ml is not installed."""
+
+
+def load_with_sdk(document: Document) -> Iterator[Problem]:
+    """Yield what azure-ai-ml refuses in the document, at the line it speaks of; raises SdkMissing.
+
+    It is given the merged values, so that overlays and `--set` count, and the base's folder for relative paths.
+    """
+    load = _loader(document)
+    text = io.StringIO(yaml.safe_dump(document.value, sort_keys=False))
+    try:
+        with _quiet():
+            load(text, relative_origin=str(document.folder / document.path.name))
+    except SdkMissing:
+        raise
+    except Exception as exc:  # it raises marshmallow's, its own and bare ones
+        for pointer, message in _said(exc):
+            yield document.problem(pointer, "azure-sdk", f"azure-ai-ml refuses it: {message}", "see the YAML reference")
+
+
+def _loader(document: Document) -> Any:
+    """Return the load function of the document's kind.
+
+    The public `load_batch_deployment` refuses `settings:`, which Azure's own documentation uses; only a private
+    function takes it (azure-sdk-for-python#33044, #41952).
+    """
+    try:
+        with _quiet():
+            from azure.ai import ml
+            from azure.ai.ml.entities._load_functions import load_model_batch_deployment
+    except ImportError as exc:
+        raise SdkMissing(
+            "azure-ai-ml is not installed: pip install 'azure-ai-ml>=1.30,<2', or 'mptserve[azure]'"
+        ) from exc
+    modern = "settings" in document.value or document.value.get("type") == "model"
+    return {
+        "online endpoint": ml.load_online_endpoint,
+        "online deployment": ml.load_online_deployment,
+        "batch endpoint": ml.load_batch_endpoint,
+        "batch deployment": load_model_batch_deployment if modern else ml.load_batch_deployment,
+        "model": ml.load_model,
+        "environment": ml.load_environment,
+    }[str(document.kind)]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the SDK's deprecation warnings about itself and its log lines."""
+    logger = logging.getLogger("azure.ai.ml")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+def _said(exc: Exception) -> list[tuple[Pointer, str]]:
+    """Return (where, what) of everything that the loader complains of; the SDK wraps its findings as JSON in prose."""
+    messages = getattr(exc, "messages", None)
+    if isinstance(messages, dict):
+        return list(_flat(messages, ()))
+    text = str(exc)
+    found = re.search(r"\{.*\}", text, flags=re.DOTALL)
+    if found:
+        with contextlib.suppress(yaml.YAMLError):
+            parsed = yaml.safe_load(found[0])
+            if isinstance(parsed, dict) and (flat := list(_flat(parsed, ()))):
+                return flat
+    plain = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
+    return [((), plain[:400])]
+
+
+def _flat(messages: Any, at: Pointer) -> Iterator[tuple[Pointer, str]]:
+    """Yield the leaves of marshmallow's nested messages; `_schema` stands for the object itself."""
+    if isinstance(messages, dict):
+        for key, below in messages.items():
+            yield from _flat(below, at if key == "_schema" else (*at, key))
+    elif isinstance(messages, list) and messages:
+        where = ".".join(map(str, at))
+        said = "; ".join(" ".join(str(m).split()) for m in messages)[:400]
+        yield at, f"{where}: {said}" if where else said

@@ -1,0 +1,226 @@
+"""Rules for the numbers of an online deployment, which must fit one another: times, threads, probes, instances."""
+
+import re
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from mptserve.check.document import Document, Pointer
+from mptserve.check.problem import Problem
+from mptserve.check.sizes import model_config, model_dtype
+from mptserve.check.skus import BYTES
+from mptserve.settings import Settings
+
+MAX_TIMEOUT_MS = 180_000
+"""Azure's limit of request_timeout_ms; its default, 5000, ends an answer of a 7B model after some hundred tokens."""
+SPARE_THREADS = 4
+"""For the probes, /metrics and callers that are being refused, beside 2 × concurrency that Azure may send."""
+LOAD_GB_PER_S = 0.05
+"""A slow disk: what to expect at least of the copy that Azure mounts, for which it promises no speed."""
+START_S = 60
+"""Python, PyTorch, the tokenizer and the warm-up."""
+
+
+def whole(value: Any) -> int | None:
+    """Return the value if it is a whole number; the loader complains of others."""
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def check_times(document: Document) -> Iterator[Problem]:
+    """deadline < request timeout <= 180 s, and a worker that is told to stop finishes within a deadline."""
+    at = ("request_settings", "request_timeout_ms")
+    timeout = whole(document.get(*at))
+    if timeout is None:
+        if document.get(*at) is None:
+            yield document.problem(
+                at, "request-timeout", "request_timeout_ms is missing; Azure's default is 5000", "set it, up to 180000"
+            )
+        timeout = 5000
+    elif not 1 <= timeout <= MAX_TIMEOUT_MS:
+        yield document.problem(
+            at,
+            "request-timeout",
+            f"request_timeout_ms {timeout} is outside 1 to {MAX_TIMEOUT_MS}",
+            "Azure ends at 180 s",
+        )
+    if document.get("request_settings", "max_queue_wait_ms") is not None:
+        where = ("request_settings", "max_queue_wait_ms")
+        yield document.problem(where, "queue-wait", "max_queue_wait_ms has no effect any more", "remove the line")
+    deadline = _number(env(document, "MPT_DEADLINE_MS"), Settings.deadline_ms)
+    if deadline >= timeout:
+        yield document.problem(
+            env_place("MPT_DEADLINE_MS"),
+            "deadline",
+            f"MPT_DEADLINE_MS {deadline} is not below request_timeout_ms {timeout}: callers get 408 and no text",
+            f'set MPT_DEADLINE_MS: "{max(timeout - 10_000, timeout // 2)}"',
+        )
+    graceful = _number(_flag(document, "--graceful-timeout"), 30)
+    if graceful * 1000 < min(deadline, timeout):
+        yield document.problem(
+            env_place("GUNICORN_CMD_ARGS"),
+            "graceful-timeout",
+            f"a stopping worker cuts requests off after {graceful} s, but they may take {min(deadline, timeout)} ms",
+            f"add --graceful-timeout {-(-min(deadline, timeout) // 1000)} to GUNICORN_CMD_ARGS",
+        )
+
+
+def check_host(document: Document) -> Iterator[Problem]:
+    """One process, one engine, threads enough that a health probe never waits behind generations."""
+    at = ("request_settings", "max_concurrent_requests_per_instance")
+    concurrency = whole(document.get(*at))
+    if concurrency is None:
+        if document.get(*at) is None:
+            said = "max_concurrent_requests_per_instance is missing; with Azure's 1 the engine would batch nothing"
+            yield document.problem(at, "concurrency", said, "set it to MPT_MAX_ROWS")
+        concurrency = 1
+    elif concurrency < 1:
+        yield document.problem(at, "concurrency", f"{concurrency} requests at a time is none", "set it to MPT_MAX_ROWS")
+    arguments, where = env(document, "GUNICORN_CMD_ARGS") or "", env_place("GUNICORN_CMD_ARGS")
+    kind = _flag(document, "--worker-class") or _flag(document, "-k")
+    needed = 2 * concurrency + SPARE_THREADS
+    advice = f"--worker-class gthread --threads {2 * concurrency + 8}"
+    if kind not in (None, "gthread") or (kind is None and "--threads" not in arguments):
+        yield document.problem(
+            where,
+            "host-threads",
+            "without gunicorn's gthread worker one generation blocks every request and the health probe",
+            f"put {advice} into GUNICORN_CMD_ARGS",
+        )
+    elif (threads := _number(_flag(document, "--threads"), 1)) < needed:
+        yield document.problem(
+            where,
+            "host-threads",
+            f"{threads} threads for {concurrency} concurrent requests, of which Azure sends up to {2 * concurrency}: "
+            "the health probe would wait",
+            f"put {advice} into GUNICORN_CMD_ARGS",
+        )
+    if env(document, "WORKER_COUNT") not in (None, "1"):
+        yield document.problem(
+            env_place("WORKER_COUNT"),
+            "host-workers",
+            "every worker loads the model again, and requests of two workers are never batched together",
+            'set WORKER_COUNT: "1" and more instances',
+        )
+    if str(env(document, "WORKER_PRELOAD") or "").lower() in ("true", "1"):
+        said = "WORKER_PRELOAD forks a process away from its engine, which then answers nothing"
+        yield document.problem(env_place("WORKER_PRELOAD"), "host-preload", said, "remove it")
+    if env(document, "SCORING_TIMEOUT_MS") is not None:
+        said = "SCORING_TIMEOUT_MS does nothing in a gthread worker"
+        yield document.problem(env_place("SCORING_TIMEOUT_MS"), "scoring-timeout", said, "use MPT_DEADLINE_MS instead")
+    timeout = whole(document.get("request_settings", "request_timeout_ms")) or 5000
+    if _number(env(document, "WORKER_TIMEOUT"), 300) * 1000 < timeout:
+        yield document.problem(
+            env_place("WORKER_TIMEOUT"),
+            "worker-timeout",
+            f"WORKER_TIMEOUT is shorter than request_timeout_ms {timeout}",
+            'set WORKER_TIMEOUT: "300"',
+        )
+
+
+def check_insights(document: Document) -> Iterator[Problem]:
+    """With Application Insights on, azmlinfsrv logs every answer's text, and holds streams back to do so."""
+    name = "APP_INSIGHTS_LOG_RESPONSE_ENABLED"
+    if document.get("app_insights_enabled") is True and str(env(document, name) or "true").lower() != "false":
+        place = env_place(name) if env(document, name) is not None else ("app_insights_enabled",)
+        yield document.problem(
+            place,
+            "app-insights-text",
+            "Application Insights gets the text of every answer, and streams arrive in one piece",
+            f'set {name}: "false"',
+        )
+
+
+def check_instances(document: Document) -> Iterator[Problem]:
+    """Azure allows 50 instances; the SDK takes any number, or none."""
+    count = document.get("instance_count")
+    if count is None:
+        yield document.problem(
+            ("instance_count",), "instance-count", "instance_count is missing", "set instance_count: 1"
+        )
+    elif whole(count) is not None and not 1 <= count <= 50:
+        said = f"{count} instances; a deployment has 1 to 50"
+        yield document.problem(("instance_count",), "instance-count", said, "set 1 to 50")
+    scaling = document.get("scale_settings", "type")
+    if scaling not in (None, "default"):
+        said = f"`{scaling}` scaling is for Kubernetes; managed endpoints scale by Azure Monitor"
+        yield document.problem(
+            ("scale_settings", "type"), "scale-settings", said, "remove it; see overlays/autoscale.json"
+        )
+
+
+_PROBE = {"initial_delay": (1, 10), "period": (1, 10), "timeout": (1, 2), "success_threshold": (1, 1)} | {
+    "failure_threshold": (1, 30)
+}
+"""Smallest value and Azure's default of each number of a probe; seconds, and counts."""
+
+
+def check_probes(document: Document) -> Iterator[Problem]:
+    """The probe's patience must cover the loading of the model: azmlinfsrv answers only once init() is through."""
+    config = model_config(document)
+    for probe in ("liveness_probe", "readiness_probe"):
+        number = {}
+        for key, (low, default) in _PROBE.items():
+            value = whole(document.get(probe, key, default=default))
+            if value is not None and value < low:
+                said = f"{probe}.{key} is {value}"
+                yield document.problem((probe, key), "probe-value", said, f"set {low} or more")
+            number[key] = max(default if value is None else value, low)
+        if number["timeout"] > number["period"]:
+            said = f"{probe} waits {number['timeout']} s for an answer but asks every {number['period']} s"
+            yield document.problem((probe, "timeout"), "probe-timeout", said, "make timeout at most period")
+        if probe == "liveness_probe" and number["success_threshold"] != 1:
+            said = "a liveness probe succeeds at the first answer"
+            yield document.problem((probe, "success_threshold"), "probe-value", said, "set success_threshold: 1")
+        if config is None:
+            continue
+        weights_gb = config.n_parameters * BYTES[model_dtype(document)] / 1e9
+        needed = START_S + weights_gb / LOAD_GB_PER_S
+        patience = number["initial_delay"] + number["period"] * number["failure_threshold"]
+        if patience < needed:
+            yield document.problem(
+                (probe,),
+                "probe-budget",
+                f"{probe} gives up after {patience} s, but {weights_gb:.1f} GB may take {needed:.0f} s to load",
+                f"set initial_delay: {max(round(needed - patience + number['initial_delay'] + 5, -1), 10)}",
+            )
+
+
+def check_data_collector(document: Document) -> Iterator[Problem]:
+    """Azure itself fills `request` and `response`; others need a call in the scoring script, and ours has none."""
+    for name in document.get("data_collector", "collections", default={}) or {}:
+        if name not in ("request", "response"):
+            yield document.problem(
+                ("data_collector", "collections", name),
+                "data-collector",
+                f"nothing would ever be collected in `{name}`: mptserve has no call for it",
+                "collect `request` or `response`, which Azure fills itself",
+            )
+
+
+def env(document: Document, name: str) -> str | None:
+    """Return an environment variable as text, None when it is not set."""
+    value = document.get("environment_variables", name)
+    return None if value is None else str(value)
+
+
+def env_place(name: str) -> Pointer:
+    """Return the pointer to report a variable at: its own line, or that of `environment_variables`."""
+    return ("environment_variables", name)
+
+
+def _flag(document: Document, name: str) -> str | None:
+    """Return the value of a gunicorn option, `--a b` or `--a=b`."""
+    try:
+        words = shlex.split(env(document, "GUNICORN_CMD_ARGS") or "")
+    except ValueError:
+        return None
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(name + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def _number(text: str | None, default: int) -> int:
+    return int(text) if text is not None and re.fullmatch(r"\d+", text) else default

@@ -1,0 +1,121 @@
+"""Rules that need the model's size: does it fit the machine, can the machine compute its dtype."""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from mptserve.check.document import Document
+from mptserve.check.problem import Problem
+from mptserve.check.skus import Sku, families, fit, nearest_sku, skus
+from mptserve.engine.checkpoint import find_checkpoint
+from mptserve.engine.config import MPTConfig, read_config
+from mptserve.errors import StartupError
+
+OLDEST_CAPABILITY = 7.5
+"""PyTorch's packages on PyPI since 2.11 are built with CUDA 13, which has no code for older cards (V100, P100)."""
+
+
+def model_config(document: Document) -> MPTConfig | None:
+    """Return the size of the deployment's model: of its local folder, else of its `model_family` tag, else None."""
+    path = document.get("model", "path")
+    if isinstance(path, str) and "://" not in path and not path.startswith("azureml:"):
+        try:
+            return read_config(find_checkpoint(document.folder / path).folder)
+        except StartupError:
+            return None  # files.py says so
+    return families().get(str(document.get("tags", "model_family")))
+
+
+def deployment_sku(document: Document) -> Sku | None:
+    return skus().get(str(document.get("instance_type")).lower())
+
+
+def model_dtype(document: Document) -> str:
+    """Return the dtype that the weights will have; bfloat16, the smallest, where machine and settings are unclear."""
+    chosen = str(document.get("environment_variables", "MPT_DTYPE", default="auto"))
+    if chosen in ("bfloat16", "float16", "float32"):
+        return chosen
+    sku = deployment_sku(document)
+    return sku.dtypes[0] if sku else "bfloat16"
+
+
+def check_sku(document: Document) -> Iterator[Problem]:
+    """The SDK takes any word as instance_type and leaves the rest to the day of the deployment."""
+    name, at = document.get("instance_type"), ("instance_type",)
+    if not isinstance(name, str):
+        return
+    sku = deployment_sku(document)
+    if sku is None:
+        fix = f"did you mean {nearest_sku(name)}?"
+        yield document.problem(at, "sku-unknown", f"`{name}` is not on Azure's list for online endpoints", fix)
+        return
+    family = document.get("tags", "model_family")
+    if family is not None and family not in families():
+        near = difflib.get_close_matches(str(family), families(), 1)
+        said = f"model_family `{family}` is not one whose size is known"
+        fix = f"use {near[0] if near else ', '.join(families())}"
+        yield document.problem(("tags", "model_family"), "model-family", said, fix)
+    device = document.get("environment_variables", "MPT_DEVICE")
+    if device == "cuda" and sku.gpu is None:
+        place = ("environment_variables", "MPT_DEVICE")
+        yield document.problem(place, "sku-device", f"{sku.name} has no GPU", "leave MPT_DEVICE out, or take a GPU")
+    yield from _card(document, sku)
+    dtype = str(document.get("environment_variables", "MPT_DTYPE", default="auto"))
+    if dtype in ("bfloat16", "float16", "float32") and dtype not in sku.dtypes:
+        what = f"its {sku.gpu.name}" if sku.gpu else "a CPU"
+        place = ("environment_variables", "MPT_DTYPE")
+        said = f"{sku.name}: {what} computes no {dtype}"
+        yield document.problem(place, "sku-dtype", said, f'set MPT_DTYPE: "{sku.dtypes[0]}"')
+    elif config := model_config(document):
+        yield from _memory(document, sku, config)
+
+
+def _card(document: Document, sku: Sku) -> Iterator[Problem]:
+    """Cards that PyTorch cannot use, and cards that nobody would use."""
+    if sku.gpu is None:
+        return
+    if sku.gpu.capability < OLDEST_CAPABILITY and "cu126" not in _conda_text(document):
+        yield document.problem(
+            ("instance_type",),
+            "sku-too-old",
+            f"{sku.name} has a {sku.gpu.name} (compute capability {sku.gpu.capability}), for which PyTorch's packages "
+            "on PyPI have no code",
+            "use conda-cu126.yaml as conda_file, or a T4 (Standard_NC4as_T4_v3)",
+        )
+    if sku.gpus > 1:
+        said = f"{sku.name} has {sku.gpus} GPUs, and an instance of this package uses one: {sku.gpus - 1} would idle"
+        yield document.problem(
+            ("instance_type",), "sku-idle-gpus", said, "take a size with one GPU, and more instances"
+        )
+
+
+def _memory(document: Document, sku: Sku, config: MPTConfig) -> Iterator[Problem]:
+    dtype = model_dtype(document)
+    found = fit(config, sku, dtype)
+    if not found.fits:
+        left = f"leaves room for {found.tokens} tokens" if found.tokens > 0 else "does not fit"
+        smallest = [
+            other.name
+            for other in sorted(skus().values(), key=lambda s: (s.gpu is None, s.usable_gb, s.cores))
+            if other.gpus <= 1
+            and (other.gpu is None) == (sku.gpu is None)
+            and (other.gpu is None or other.gpu.capability >= OLDEST_CAPABILITY)
+            and fit(config, other, other.dtypes[0]).fits
+        ]
+        yield document.problem(
+            ("instance_type",),
+            "sku-memory",
+            f"{found.weights_gb:.1f} GB of {dtype} weights in {found.usable_gb:.1f} GB of {sku.name} {left}",
+            f"take {smallest[0]}" if smallest else "take a GPU with more memory",
+        )
+
+
+def _conda_text(document: Document) -> str:
+    """Return the deployment's conda file as text, or the name of its registered environment."""
+    environment = document.get("environment")
+    if isinstance(environment, str):
+        return environment
+    path = document.get("environment", "conda_file")
+    if isinstance(path, str) and (document.folder / path).is_file():
+        return Path(document.folder / path).read_text(encoding="utf-8", errors="replace")
+    return ""

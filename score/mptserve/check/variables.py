@@ -1,0 +1,45 @@
+"""Rules for environment variables: what Azure does to their types, and whether the package knows them."""
+
+import difflib
+from collections.abc import Iterator
+
+from mptserve.check.document import Document, Pointer
+from mptserve.check.problem import Problem
+from mptserve.errors import BadSetting
+from mptserve.settings import FIELDS, read_settings
+
+
+def check_variables(document: Document, *inside: str) -> Iterator[Problem]:
+    """Yield what is wrong with the variables below `inside`, by the code that reads them when the server starts."""
+    at: Pointer = (*inside, "environment_variables")
+    variables = document.get(*at)
+    if not isinstance(variables, dict):
+        return
+    known = [f.metadata["env"] for f in FIELDS]
+    for name, value in variables.items():
+        if not isinstance(value, str):
+            found = "nothing" if value is None else type(value).__name__
+            said = f"{name} is {found}, and variables are text"
+            fix = (
+                f'put quotes around it: {name}: "{str(value).lower()}"'
+                if value is not None
+                else "write a text in quotes"
+            )
+            yield document.problem((*at, name), "env-text", said, fix)
+        if name == "AZUREML_MODEL_DIR":
+            said = "AZUREML_MODEL_DIR is Azure's own: it says where the model was mounted"
+            yield document.problem((*at, name), "env-reserved", said, "remove it; name the model with `model:`")
+        elif name.startswith("MPT_"):
+            try:
+                read_settings({name: str(value)})
+            except BadSetting as exc:
+                rule = "setting-value" if name in known else "setting-unknown"
+                said = str(exc) if name in known else f"{name} is not a setting, and the server would not start"
+                yield document.problem((*at, name), rule, said, _nearest(name, known))
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    if name in known:
+        return "the README's table of settings has the ranges"
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else "the README's table has every setting"

@@ -1,0 +1,27 @@
+"""`make azure-local`: keeps Azure on the desk running and prints what a notebook needs to use it."""
+
+import argparse
+import signal
+import tempfile
+import threading
+from pathlib import Path
+
+from local_azure.azure import LocalAzure, settings_text
+
+
+def main() -> None:
+    """Serve until Ctrl-C or SIGTERM; then end every deployment and forget everything."""
+    parser = argparse.ArgumentParser(prog="make azure-local", description=__doc__)
+    parser.add_argument("--port", type=int, default=0, help="a fixed port; default: a free one")
+    args = parser.parse_args()
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    with tempfile.TemporaryDirectory(prefix="local-azure-") as folder, LocalAzure(Path(folder), args.port) as azure:
+        print(f"# Azure on the desk at {azure.url}. Paste this at the end of a notebook's first cell:\n", flush=True)
+        print(settings_text(azure) + "\n\n# Ctrl-C stops it, its deployments with it.", flush=True)
+        stopped.wait()
+
+
+if __name__ == "__main__":
+    main()

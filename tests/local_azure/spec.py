@@ -1,0 +1,101 @@
+"""A deployment as the SDK sends it, read into the few things that matter for running it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import isodate
+
+from local_azure.errors import Refused
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A health probe; defaults are those of Azure's YAML reference, "ProbeSettings". All times in seconds."""
+
+    initial_delay_s: float = 10
+    period_s: float = 10
+    timeout_s: float = 2
+    success_threshold: int = 1
+    failure_threshold: int = 30
+
+    @property
+    def patience_s(self) -> float:
+        """How long it may fail, without a pause, before the container is given up."""
+        return self.failure_threshold * self.period_s
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a deployment runs and within which limits."""
+
+    code_id: str
+    scoring_script: str
+    model_id: str
+    environment_id: str
+    environment_variables: dict[str, str]
+    instance_type: str
+    n_instances: int
+    request_timeout_s: float
+    max_concurrent_requests: int
+    liveness: Probe
+    readiness: Probe
+    app_insights: bool
+
+    @property
+    def max_pending(self) -> int:
+        """Requests that may be in process at once; the next one is answered 429 (troubleshooting page, 429)."""
+        return 2 * self.max_concurrent_requests * self.n_instances
+
+
+def read_spec(resource: dict[str, Any]) -> Spec:
+    """Return what a `PUT …/deployments/NAME` body asks for; raises Refused where Azure would refuse it.
+
+    Azure's own limits are DOC: reference-yaml-deployment-managed-online, how-to-manage-quotas.
+    """
+    properties = resource.get("properties") or {}
+    settings = properties.get("requestSettings") or {}
+    code = properties.get("codeConfiguration") or {}
+    spec = Spec(
+        code_id=code.get("codeId") or "",
+        scoring_script=code.get("scoringScript") or "",
+        model_id=_model_id(properties.get("model")),
+        environment_id=properties.get("environmentId") or "",
+        environment_variables=dict(properties.get("environmentVariables") or {}),
+        instance_type=properties.get("instanceType") or "",
+        n_instances=int((resource.get("sku") or {}).get("capacity") or 1),
+        request_timeout_s=_seconds(settings.get("requestTimeout"), 5.0),
+        max_concurrent_requests=int(settings.get("maxConcurrentRequestsPerInstance") or 1),
+        liveness=_probe(properties.get("livenessProbe")),
+        readiness=_probe(properties.get("readinessProbe")),
+        app_insights=bool(properties.get("appInsightsEnabled")),
+    )
+    if spec.request_timeout_s > 180:
+        raise Refused(400, "BadRequest", f"request_timeout_ms may be 180000, got {spec.request_timeout_s * 1000:.0f}")
+    if not 1 <= spec.n_instances <= 50:
+        raise Refused(400, "BadRequest", f"instance_count must be between 1 and 50, got {spec.n_instances}")
+    if not spec.instance_type.startswith("Standard_"):
+        raise Refused(400, "BadRequest", f"{spec.instance_type!r} is no instance type")
+    if not spec.code_id or not spec.scoring_script:
+        raise Refused(400, "BadRequest", "the desk runs deployments with a code_configuration only, no bare containers")
+    return spec
+
+
+def _model_id(model: Any) -> str:
+    """Return the model's id, which is a string in the SDK's API version and an object with `assetId` in others."""
+    return (model.get("assetId") or "") if isinstance(model, dict) else (model or "")
+
+
+def _seconds(duration: str | None, default: float) -> float:
+    return float(isodate.parse_duration(duration).total_seconds()) if duration else default
+
+
+def _probe(found: dict[str, Any] | None) -> Probe:
+    found = found or {}
+    defaults = Probe()
+    return Probe(
+        _seconds(found.get("initialDelay"), defaults.initial_delay_s),
+        _seconds(found.get("period"), defaults.period_s),
+        _seconds(found.get("timeout"), defaults.timeout_s),
+        int(found.get("successThreshold") or defaults.success_threshold),
+        int(found.get("failureThreshold") or defaults.failure_threshold),
+    )

@@ -1,0 +1,130 @@
+"""The embedded model on a managed online endpoint of Azure on the desk: deployed, asked, rolled out, killed."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("azure.ai.ml", reason="needs the extra `azure`")
+
+from azure.core.exceptions import HttpResponseError
+
+from desk import Desk, Load, desk_in
+from serving import MODEL_DIR, ROOT, eventually, request
+
+NAME = "mpt-desk"
+SAMPLES = sorted((ROOT / "samples" / "online").glob("*.json"))
+HOST = {"GUNICORN_CMD_ARGS": "--worker-class gthread --threads 24 --graceful-timeout 30", "WORKER_COUNT": "1"}
+LONG = request("Once upon a time", max_new_tokens=1900, ignore_eos=True, seed=1)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """A workspace with the embedded model registered and deployed as `blue`."""
+    from azure.ai.ml.entities import Model
+
+    with desk_in(tmp_path_factory.mktemp("azure")) as desk:
+        model = Model(name="mpt-8m", version="1", path=str(MODEL_DIR), type="custom_model")
+        desk.client.models.create_or_update(model)
+        desk.create_endpoint(NAME)
+        desk.deploy(NAME, "blue", ROOT / "score", HOST, model="azureml:mpt-8m:1")
+        desk.shift(NAME, {"blue": 100})
+        yield desk
+
+
+def invoke(desk: Desk, path: Path) -> Any:
+    """Return what `az ml online-endpoint invoke --request-file` prints: it calls the SDK's invoke."""
+    answer = desk.client.online_endpoints.invoke(NAME, request_file=str(path))
+    return answer if answer.startswith("event:") else json.loads(answer)
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+def test_every_sample_works_through_the_front_door(desk: Desk, path: Path) -> None:
+    reply = desk.post(NAME, path.read_bytes())
+    if path.stem == "mistake":
+        assert (reply.status_code, reply.headers["ms-azureml-model-error-statuscode"]) == (424, "400")
+        assert reply.json()["error"]["field"] == "/input_data/parameters/tempratur"
+        with pytest.raises(HttpResponseError, match="did you mean `temperature`"):
+            invoke(desk, path)
+        return
+    assert (reply.status_code, reply.headers["azureml-model-deployment"]) == (200, "blue")
+    answer = invoke(desk, path)
+    if path.stem == "stream":
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        assert "event: done" in reply.text
+        assert "event: done" in answer
+    elif path.stem in ("greedy", "several"):  # greedy, and with a seed
+        assert answer == reply.json()
+    else:
+        assert type(answer) is type(reply.json())
+        assert len(answer) == len(reply.json())
+
+
+def test_container_sees_what_azures_image_would_show_it(desk: Desk) -> None:
+    [instance] = desk.azure.online.endpoint(NAME).deployments["blue"].instances
+    environment = instance.environment()
+    assert environment["AZUREML_MODEL_DIR"].endswith("/azureml-models/mpt-8m/1")
+    assert sorted(p.name for p in Path(environment["AZUREML_MODEL_DIR"]).iterdir()) == ["mpt-8m"]
+    assert environment["AML_APP_ROOT"].endswith("/var/azureml-app/score")
+    assert environment["GUNICORN_CMD_ARGS"] == HOST["GUNICORN_CMD_ARGS"]
+    assert {name for name in environment if name.startswith("MPT_")} == set()
+
+
+@pytest.mark.parametrize("whole_container", [False, True], ids=["server process", "container"])
+def test_killed_server_loses_only_what_was_in_flight(desk: Desk, whole_container: bool) -> None:
+    """Those callers get an error, not silence; whoever asks afterwards gets an answer."""
+    [instance] = desk.azure.online.endpoint(NAME).deployments["blue"].instances
+    assert instance.process is not None
+    booted = [int(line.rsplit(" ", 1)[1]) for line in instance.lines if "Booting worker with pid" in line]
+    key = desk.key(NAME)
+    with ThreadPoolExecutor(8) as pool:
+        doomed = [pool.submit(desk.post, NAME, LONG, key=key) for _ in range(3)]
+        eventually(lambda: instance.in_flight == 3, "three running requests")
+        if whole_container:
+            os.killpg(instance.process.pid, signal.SIGKILL)
+        else:
+            os.kill(booted[-1], signal.SIGKILL)
+        assert [f.result().status_code for f in doomed] == [424] * 3
+        later = [pool.submit(desk.post, NAME, request("Once", max_new_tokens=4), key=key) for _ in range(3)]
+        assert [f.result().status_code for f in later] == [200] * 3
+    booted_now = [int(line.rsplit(" ", 1)[1]) for line in instance.lines if "Booting worker with pid" in line]
+    assert len(booted_now) == len(booted) + 1
+
+
+def test_deployment_with_a_bad_setting_says_so(desk: Desk) -> None:
+    with pytest.raises(HttpResponseError, match=r"MPT_MAX_ROW\b[\s\S]*MPT_MAX_ROWS"):
+        desk.deploy(NAME, "typo", ROOT / "score", HOST | {"MPT_MAX_ROW": "8"}, model="azureml:mpt-8m:1")
+    desk.client.online_deployments.begin_delete("typo", NAME).result()
+
+
+def test_rollout_moves_traffic_with_no_failed_request(desk: Desk) -> None:
+    """ROLLOUT as the documents and rollout.sh have it: mirror, 10, 50, 100, delete; while callers never stop.
+
+    The last test here: it leaves `green` behind.
+    """
+    body = request("Once upon a time", max_new_tokens=4)
+    seen: list[dict[str, int]] = []
+    with Load(desk, NAME, body, callers=3) as load:
+        desk.deploy(NAME, "green", ROOT / "score", HOST | {"MPT_MAX_ROWS": "8"}, model="azureml:mpt-8m:1")
+        for traffic, mirror in [
+            ({"blue": 100}, {"green": 10}),
+            ({"blue": 90, "green": 10}, {}),
+            ({"blue": 50, "green": 50}, {}),
+            ({"green": 100}, {}),
+        ]:
+            before = len(load.replies)
+            desk.shift(NAME, traffic, mirror)
+            eventually(lambda before=before: len(load.replies) >= before + 25, "some answers")
+            seen.append({name: sum(d == name for _, d in load.replies[before + 5 :]) for name in ("blue", "green")})
+        desk.client.online_deployments.begin_delete("blue", NAME).result()
+        before = len(load.replies)
+        eventually(lambda: len(load.replies) >= before + 10, "answers without blue")
+    assert ({status for status, _ in load.replies}, load.failures) == ({200}, [])
+    assert seen[0]["green"] == 0
+    assert seen[2]["green"] > 3
+    assert seen[3]["blue"] == 0
