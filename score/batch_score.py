@@ -18,7 +18,7 @@ job: BatchJob
 def init() -> None:
     """Load the model from AZUREML_MODEL_DIR onto a GPU of this process's own; an exception stops the job."""
     global job
-    job = azure_driver.start()
+    job = azure_driver.start(sys.argv[1:])
 
 
 def run(mini_batch: list[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """What Azure's parallel driver needs to know of a batch job, and how processes on one node share its GPUs."""
 
+import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -16,9 +18,22 @@ log = logging.getLogger(__name__)
 TOLD = ("file", "results", "rows", "failed_rows", "prompt_tokens", "generated_tokens")
 
 
-def start() -> BatchJob:
-    """Return the job of this process; raises StartupError's children."""
+def start(arguments: list[str]) -> BatchJob:
+    """Return the job of this process; raises StartupError's children.
+
+    arguments: the process's; `--model-dir` and `--output-dir` stand above the variables that a batch endpoint sets, for
+    jobs without an endpoint. The driver adds some of its own, which are not ours to read.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--model-dir")
+    parser.add_argument("--output-dir")
+    given, _ = parser.parse_known_args(arguments)
     settings = read_settings()
+    settings = dataclasses.replace(
+        settings,
+        model_dir=given.model_dir or settings.model_dir,
+        batch_output_dir=given.output_dir or settings.batch_output_dir,
+    )
     set_up_logging(settings.log_level)
     if settings.device != "cpu":
         take_a_gpu()
