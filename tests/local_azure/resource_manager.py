@@ -68,6 +68,8 @@ class ResourceManager:
         for path in (batch, batch + "/deployments/{name}"):
             add("PUT", path, self.put_batch)
             add("DELETE", path, self.delete_batch)
+        add("GET", "/jobs/{name}", self.get)
+        add("GET", "/computes/{name}", self.compute)
         for path in (online, batch):
             add("GET", path.rpartition("/")[0], self.list_all)
             add("GET", path, self.get)
@@ -239,7 +241,7 @@ class ResourceManager:
         self._find(_id(request).rpartition("/")[0])
         return JSONResponse({"content": self.online.log(_name(request, -4), _name(request, -2), lines)})
 
-    # Batch: kept as they come; nothing runs behind them yet -----------------------------------------------------------
+    # Batch: kept as they come; batch_resources.py runs their jobs -----------------------------------------------------------
 
     async def put_batch(self, request: Request) -> Response:
         body, known = await request.json(), self.resources.get(_id(request).lower())
@@ -249,6 +251,10 @@ class ResourceManager:
         resource = _resource(request, properties, body)
         self.resources[resource["id"].lower()] = resource
         return self._accepted(resource, 200 if known else 201, asyncio.sleep(0))
+
+    async def compute(self, request: Request) -> Response:
+        """Any cluster exists."""
+        return JSONResponse(_resource(request, {"computeType": "AmlCompute", "provisioningState": "Succeeded"}))
 
     async def delete_batch(self, request: Request) -> Response:
         id_ = self._find(_id(request))["id"].lower()
