@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml conda.yaml
 	@echo "installing into $(VENV) (PyTorch is the large part; later runs skip this)"
 	@$(PYTHON) -m venv $(VENV)
 	@sed -n 's/^ *- \([A-Za-z0-9._-]*==.*\)$$/\1/p' conda.yaml > $(VENV)/constraints.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev,azure]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: install ## Start Azure's server on the embedded model, post the sample request, print the answer, stop

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,7 +57,6 @@ class Desk:
             show_progress=False,
             enable_telemetry=False,
         )
-        self.session = requests.Session()
 
     def create_endpoint(self, name: str, auth_mode: str = "key") -> None:
         from azure.ai.ml.entities import ManagedOnlineEndpoint
@@ -72,7 +72,6 @@ class Desk:
         code: Path,
         environ: dict[str, str] | None = None,
         *,
-        model: Any = None,
         instances: int = 1,
         timeout_ms: int = 60_000,
         concurrency: int = 8,
@@ -89,7 +88,6 @@ class Desk:
         deployment = ManagedOnlineDeployment(
             name=name,
             endpoint_name=endpoint,
-            model=model,
             environment=Environment(image="mcr.microsoft.com/x:1", conda_file=str(ROOT / "conda.yaml")),
             code_configuration=CodeConfiguration(code=str(code), scoring_script="score.py"),
             environment_variables={"GUNICORN_CMD_ARGS": GTHREAD, "WHO": name} | (environ or {}),
@@ -100,6 +98,16 @@ class Desk:
             ),
             **probes,
         )
+        self.client.online_deployments.begin_create_or_update(deployment).result()
+
+    def deploy_file(self, endpoint: str, name: str, path: Path, **changes: Any) -> None:
+        """Create or update the deployment of a YAML file, as `az ml online-deployment create --file --set` does."""
+        from azure.ai.ml import load_online_deployment
+
+        changed = [{"endpoint_name": endpoint}, {"name": name}, *({k: v} for k, v in changes.items())]
+        with warnings.catch_warnings():  # its loader uses a part of marshmallow that goes away one day
+            warnings.simplefilter("ignore")
+            deployment = load_online_deployment(path, params_override=changed)
         self.client.online_deployments.begin_create_or_update(deployment).result()
 
     def shift(self, name: str, traffic: dict[str, int], mirror: dict[str, int] | None = None) -> None:
@@ -161,11 +169,16 @@ class Load:
 
     def _ask(self) -> None:
         while not self._stop.is_set():
-            try:
+            with self._failures_kept():
                 reply = self.desk.post(self.endpoint, self.body, key=self.key)
                 self.replies.append((reply.status_code, reply.headers.get("azureml-model-deployment", "")))
-            except requests.RequestException as exc:
-                self.failures.append(repr(exc))
+
+    @contextmanager
+    def _failures_kept(self) -> Iterator[None]:
+        try:
+            yield
+        except requests.RequestException as exc:
+            self.failures.append(repr(exc))
 
     def __enter__(self) -> "Load":
         for thread in self._threads:

@@ -17,6 +17,8 @@ from batches import places, results, write
 from desk import Desk, desk_in
 from serving import PATIENCE_S, ROOT
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the SDK's own, about marshmallow
+
 BATCH = ROOT / "endpoint" / "batch"
 SAMPLES = ROOT / "samples" / "batch"
 

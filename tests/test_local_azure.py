@@ -60,6 +60,7 @@ def test_keys_open_the_door_until_they_are_renewed(desk: Desk, parrot: str) -> N
     assert [desk.post(parrot, {}, key=key).status_code for key in given] == [401, 200, 200]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["aml_token", "aad_token"])
 def test_token_endpoints_take_the_token_that_the_sdk_fetches(desk: Desk, tmp_path: Path, mode: str) -> None:
     name = mode.replace("_", "-")
@@ -100,6 +101,7 @@ def test_stream_passes_through_piece_by_piece(desk: Desk, parrot: str) -> None:
     assert seen[-1][0] - seen[0][0] > 0.6
 
 
+@pytest.mark.slow
 def test_slow_answers_and_crowds_are_turned_away(desk: Desk, parrot: str, tmp_path: Path) -> None:
     """request_timeout_ms → 408; more than 2 × max_concurrent_requests_per_instance × instances → 429."""
     desk.deploy(parrot, "narrow", write_parrot(tmp_path / "parrot"), timeout_ms=1500, concurrency=2)
@@ -144,6 +146,7 @@ def test_header_names_the_deployment_whatever_the_traffic(desk: Desk, parrot: st
     assert [r.json()["who"] for r in named[:2]] == ["blue", "green"]
 
 
+@pytest.mark.slow
 def test_traffic_is_split_by_weight_and_no_weight_is_404(desk: Desk, blue_only: str) -> None:
     desk.shift(blue_only, {"blue": 50, "green": 50})
     key = desk.key(blue_only)
@@ -155,6 +158,7 @@ def test_traffic_is_split_by_weight_and_no_weight_is_404(desk: Desk, blue_only: 
     assert desk.post(blue_only, {}, deployment="green").status_code == 200
 
 
+@pytest.mark.slow
 def test_mirror_copies_some_requests_and_nobody_sees_its_answers(desk: Desk, blue_only: str) -> None:
     desk.shift(blue_only, {"blue": 100}, {"green": 50})
     key = desk.key(blue_only)
@@ -216,6 +220,7 @@ def test_failing_init_fails_the_operation_and_leaves_its_reason_in_the_log(
     desk.client.online_deployments.begin_delete("broken", parrot).result()
 
 
+@pytest.mark.slow
 def test_probes_that_never_pass_fail_the_operation(desk: Desk, parrot: str, tmp_path: Path) -> None:
     from azure.ai.ml.entities import ProbeSettings
 
@@ -242,6 +247,7 @@ def test_limits_that_the_sdk_does_not_know_are_refused(
         desk.deploy(parrot, "large", desk.azure.root / "parrot", **options)
 
 
+@pytest.mark.slow
 def test_update_replaces_the_containers_without_losing_a_request(desk: Desk, blue_only: str, tmp_path: Path) -> None:
     code = write_parrot(tmp_path / "parrot")
     desk.shift(blue_only, {"green": 100})
@@ -268,6 +274,7 @@ def test_killed_container_loses_what_it_was_doing_and_comes_back(desk: Desk, par
     assert "its process ended with status -9" in desk.log(parrot, "blue")
 
 
+@pytest.mark.slow
 def test_application_insights_gets_telemetry_where_the_deployment_asks_for_it(
     desk: Desk, parrot: str, tmp_path: Path
 ) -> None:

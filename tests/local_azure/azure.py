@@ -156,4 +156,4 @@ def settings_text(azure: LocalAzure) -> str:
     """Return Python to paste into a notebook's first cell."""
     lines = [f"    {name!r}: {value!r}," for name, value in azure.environ.items()]
     names = f"SUBSCRIPTION_ID, RESOURCE_GROUP, WORKSPACE = {SUBSCRIPTION!r}, {RESOURCE_GROUP!r}, {WORKSPACE!r}"
-    return "\n".join(["import os", "os.environ |= {", *lines, "}", names])
+    return "\n".join(["import os", "os.environ |= {", *lines, "}", names, f"RESOURCE_MANAGER = {azure.url!r}"])

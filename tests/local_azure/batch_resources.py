@@ -1,8 +1,8 @@
 """Batch endpoints and their jobs: what an invocation starts, how it is watched, where its results are found.
 
-An invocation runs the parallel driver (parallel_driver.py) on the deployment's code, model and settings, all processes of
-all nodes on this machine. Results lie in the workspace's container, below azureml/JOB/score, as Azure has it. What the SDK
-asks, beside the resource manager, was read in azure.ai.ml 1.35: `operations/_batch_endpoint_operations.py` (invoke),
+An invocation runs the parallel driver (parallel_driver.py) on the deployment's code, model and settings, all processes
+of all nodes on this machine. Results lie in the workspace's container, below azureml/JOB/score. What the SDK asks beside
+the resource manager was read in azure.ai.ml 1.35: `operations/_batch_endpoint_operations.py` (invoke),
 `_job_operations.py` (download of a "batchrun"), `_run_operations.py` (run history), `_dataset_dataplane_operations.py`.
 """
 
@@ -170,7 +170,7 @@ class BatchJobs:
                 return resource
         raise Refused(404, "ResourceNotFound", f"there is no {end}")
 
-    # Run history: what download() asks ---------------------------------------------------------------------------------
+    # Run history: what download() asks -------------------------------------------------------------------------------
 
     async def children(self, request: Request) -> Response:
         run = request.path_params["run"]

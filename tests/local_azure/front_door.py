@@ -144,7 +144,7 @@ class FrontDoor:
                 "ms-azureml-model-error-reason": upstream.reason_phrase or "model_error",
             }
             status = 424
-        return _Piped(_pieces(upstream, deadline), status, headers, release=release, upstream=upstream)
+        return _Piped(_pieces(upstream, deadline, release), status, headers, release=release, upstream=upstream)
 
     async def _call(
         self, deployment: Deployment, request: Request, body: bytes, release: contextlib.ExitStack
@@ -192,14 +192,18 @@ class _Piped(StreamingResponse):
             await asyncio.shield(_finish(self._upstream, self._release))
 
 
-async def _pieces(upstream: httpx2.Response, deadline: float) -> AsyncIterator[bytes]:
-    """Yield the body as it comes. Past the deadline, or when the container dies, it breaks off: GUESS for both."""
+async def _pieces(upstream: httpx2.Response, deadline: float, release: contextlib.ExitStack) -> AsyncIterator[bytes]:
+    """Yield the body as it comes. Past the deadline, or when the container dies, it breaks off: GUESS for both.
+
+    Its place is free before the caller sees the end: one that asks again at once must not find itself in the way.
+    """
     pieces = upstream.aiter_raw()
     while True:
         left_s = deadline - asyncio.get_running_loop().time()
         try:
             yield await asyncio.wait_for(anext(pieces), left_s)
         except StopAsyncIteration:
+            release.close()
             return
 
 

@@ -15,6 +15,7 @@ class Deployment:
     name: str
     spec: Spec
     instances: list[Instance] = field(default_factory=list)
+    starting: list[Instance] = field(default_factory=list)
     in_flight: int = 0
     last_words: str = ""
 
@@ -34,11 +35,14 @@ class Deployment:
 
     async def replace(self, spec: Spec, instances: list[Instance]) -> None:
         """Start `instances`, send requests to them, end the old ones. Raises StartFailed, and changes nothing then."""
+        self.starting = instances
         try:
             await asyncio.gather(*(i.start() for i in instances))
         except BaseException:
             await asyncio.gather(*(i.stop() for i in instances))
             raise
+        finally:
+            self.starting = []
         old, self.instances, self.spec = self.instances, instances, spec
         await asyncio.gather(*(i.stop() for i in old))
 
@@ -48,7 +52,10 @@ class Deployment:
 
     def log(self, n_lines: int) -> str:
         """Return the last lines of every instance, or of the one that did not start."""
-        return "\n".join(line for i in self.instances for line in list(i.lines)[-n_lines:]) or self.last_words
+        return (
+            "\n".join(line for i in self.instances + self.starting for line in list(i.lines)[-n_lines:])
+            or self.last_words
+        )
 
 
 @dataclass

@@ -21,9 +21,8 @@ from local_azure.storage import ACCOUNT
 
 Resource = dict[str, Any]
 Handler = Callable[[Request], Awaitable[Response]]
-WORKSPACE = (
-    "/subscriptions/{sub}/resourcegroups/{group}/providers/microsoft.machinelearningservices/workspaces/{workspace}"
-)
+GROUP = "/subscriptions/{sub}/resourcegroups/{group}"
+WORKSPACE = GROUP + "/providers/microsoft.machinelearningservices/workspaces/{workspace}"
 POLL = {"Retry-After-Ms": "250"}
 """When to ask an operation again; the SDK would otherwise wait 5 s (LROConfigurations.POLL_INTERVAL)."""
 
@@ -42,7 +41,12 @@ class ResourceManager:
     def routes(self) -> list[Route]:
         """Return what can be asked. The first match answers."""
         online, batch = "/onlineendpoints/{endpoint}", "/batchendpoints/{endpoint}"
-        routes = [Route("/operations/{id}", self.operation)]
+        template = GROUP + "/providers/microsoft.resources/deployments/{name}"
+        routes = [
+            Route("/operations/{id}", self.operation),
+            Route(template, _guarded(self.put_template), methods=["PUT"]),
+            Route(template, _guarded(self.get), methods=["GET"]),
+        ]
 
         def add(method: str, path: str, handler: Handler) -> None:
             routes.append(Route(WORKSPACE + path, _guarded(handler), methods=[method]))
@@ -241,7 +245,20 @@ class ResourceManager:
         self._find(_id(request).rpartition("/")[0])
         return JSONResponse({"content": self.online.log(_name(request, -4), _name(request, -2), lines)})
 
-    # Batch: kept as they come; batch_resources.py runs their jobs -----------------------------------------------------------
+    # Templates -------------------------------------------------------------------------------------------------------
+
+    async def put_template(self, request: Request) -> Response:
+        """Check a template's parameters as the resource manager does, and keep it. Nothing in it is carried out."""
+        properties = (await request.json())["properties"]
+        known, given = properties["template"].get("parameters", {}), properties.get("parameters", {})
+        missing = [name for name, p in known.items() if "defaultValue" not in p and name not in given]
+        if wrong := sorted({*missing, *(given.keys() - known.keys())}):
+            raise Refused(400, "InvalidTemplate", f"parameters that are missing or not in the template: {wrong}")
+        resource = _resource(request, properties | {"provisioningState": "Succeeded"})
+        self.resources[resource["id"].lower()] = resource
+        return JSONResponse(resource, 201)
+
+    # Batch: kept as they come; batch_resources.py runs jobs -----------------------------------------------------------
 
     async def put_batch(self, request: Request) -> Response:
         body, known = await request.json(), self.resources.get(_id(request).lower())

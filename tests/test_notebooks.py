@@ -1,0 +1,76 @@
+"""The notebooks run from top to bottom: the online one against Azure on the desk, with the embedded model on CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("nbclient", reason="needs the extra `notebooks`")
+pytest.importorskip("azure.ai.ml", reason="needs the extra `notebooks`")
+
+import nbformat
+from nbclient import NotebookClient
+
+from desk import desk_in
+from local_azure.azure import settings_text
+from serving import ROOT
+
+FOLDER = ROOT / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, more_settings: str = "") -> list[Any]:
+    """Run a notebook with a line or two after its first cell's settings; return its code cells with their outputs."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "score"))
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells[0].source += "\n" + more_settings
+    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    return cells
+
+
+def value(cells: list[Any], source: str) -> Any:
+    """Return the outputs of the one cell whose source contains `source`: its last value, then what it printed."""
+    [cell] = [cell for cell in cells if source in cell.source]
+    return [o.get("data", {}).get("text/plain") or o.get("text") for o in cell.outputs]
+
+
+def shows_a_picture(cell: Any) -> bool:
+    return any("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+@pytest.mark.slow
+def test_online_notebook_deploys_rolls_out_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with desk_in(tmp_path) as desk:
+        cells = run("online.ipynb", monkeypatch, settings_text(desk.azure))
+        assert list(desk.client.online_endpoints.list()) == []
+        assert [m.name for m in desk.client.models.list("mpt-8m")] == ["mpt-8m"]
+    assert value(cells, "blue.provisioning_state")[-1] == "'Succeeded'"
+    assert "the meaning of life is" in value(cells, "basic.json")[-1]
+    assert "'finish_reason': 'length'" in value(cells, "event[")[-1]
+    assert "424" in value(cells, "tempratur")[-1]
+    assert "did you mean `temperature`" in value(cells, "tempratur")[-1]
+    assert value(cells, "alone.status_code")[-1] == "(200, True)"
+    assert value(cells, "callers_during(change")[-1].count(" 0 failed") == 4
+    assert value(cells, "autoscale.json")[-1] == "'Succeeded'"
+    assert shows_a_picture(cells[-2])
+
+
+@pytest.mark.slow
+def test_local_notebook_generates_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = run("local.ipynb", monkeypatch)
+    assert sum(shows_a_picture(cell) for cell in cells) >= 2
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_notebook_is_committed_without_outputs(path: Path) -> None:
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["id"] for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []
+
+
+def test_every_notebook_is_run_by_a_test() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in NOTEBOOKS if f'"{path.name}"' not in source] == []
