@@ -32,7 +32,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
         deployment = load_model_batch_deployment(BATCH / "smoke.yml")
         deployment.settings.environment_variables |= {"MPT_CPU_THREADS": "1", "MPT_KV_CACHE_GB": "0.2"}
         desk.client.batch_deployments.begin_create_or_update(deployment).result()
-        endpoint.defaults.deployment_name = deployment.name
+        endpoint.defaults = {"deployment_name": deployment.name}
         desk.client.batch_endpoints.begin_create_or_update(endpoint).result()
         yield desk
 
@@ -49,6 +49,7 @@ def run(desk: Desk, folder: Path, data: Input, **options: Any) -> str:
     return status
 
 
+@pytest.mark.slow
 def test_the_samples_are_scored_through_the_sdk(desk: Desk, tmp_path: Path) -> None:
     assert run(desk, tmp_path, Input(type="uri_folder", path=str(SAMPLES))) == "Completed"
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file() and "_summary" not in p.parts) == [
@@ -77,12 +78,14 @@ def test_the_samples_are_scored_through_the_sdk(desk: Desk, tmp_path: Path) -> N
     assert all(r["error"] is None and r["output"] for r in results(out, "openings.csv.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_failed_file_fails_the_job_above_the_threshold(desk: Desk, tmp_path: Path) -> None:
     write(tmp_path / "in" / "wrong.csv", "question\nWhy?\n")
     write(tmp_path / "in" / "good.txt", "Once\n")
     assert run(desk, tmp_path / "out", Input(type="uri_folder", path=str(tmp_path / "in"))) == "Failed"
 
 
+@pytest.mark.slow
 def test_one_file_and_a_deployment_by_name(desk: Desk, tmp_path: Path) -> None:
     path = write(tmp_path / "one.txt", "Once upon a time\n")
     status = run(desk, tmp_path / "out", Input(type="uri_file", path=path), deployment_name="smoke")

@@ -1,9 +1,9 @@
 """Batch endpoints and their jobs: what an invocation starts, how it is watched, where its results are found.
 
-An invocation runs the parallel driver (parallel_driver.py) on the deployment's code, model and settings, all processes
-of all nodes on this machine. Results lie in the workspace's container, below azureml/JOB/score. What the SDK asks beside
-the resource manager was read in azure.ai.ml 1.35: `operations/_batch_endpoint_operations.py` (invoke),
-`_job_operations.py` (download of a "batchrun"), `_run_operations.py` (run history), `_dataset_dataplane_operations.py`.
+An invocation runs the parallel driver (parallel_driver.py) on the deployment's code, model and settings, all on this
+machine. Results lie in the workspace's container, below azureml/JOB/score. What the SDK asks beside the manager was read
+in azure.ai.ml 1.35: `operations/_batch_endpoint_operations.py` (invoke), `_job_operations.py` (download of a
+"batchrun"), `_run_operations.py` (run history), `_dataset_dataplane_operations.py`.
 """
 
 import asyncio
@@ -45,7 +45,6 @@ class BatchJobs:
             Route(RUNS + "/runs/{run}/children", self.children),
             Route(RUNS + "/rundata", self.run_data, methods=["POST"]),
             Route(URIS, self.resolved_uris, methods=["POST"]),
-            Route(URIS.replace("batchGetResolvedUris", "batchgetresolveduris"), self.resolved_uris, methods=["POST"]),
         ]
 
     async def close(self) -> None:
@@ -179,12 +178,12 @@ class BatchJobs:
 
     async def run_data(self, request: Request) -> Response:
         run = (await request.json())["runId"]
-        outputs = {"score": {"assetId": run, "type": "UriFolder"}} if run.endswith(CHILD) else {}
+        outputs = {"score": {"assetId": run, "type": "uri_folder"}} if run.endswith(CHILD) else {}
         return JSONResponse({"runMetadata": {"runId": run, "status": "Completed", "outputs": outputs}})
 
     async def resolved_uris(self, request: Request) -> Response:
-        workspace = request.url.path.partition("/data/v1.0")[2].partition("/dataversion")[0]
-        ids = (await request.json())["values"]
-        store = f"azureml:/{workspace}/datastores/workspaceblobstore/paths/azureml/"
-        values = {id_: {"uri": f"{store}{id_.removesuffix(CHILD)}/score/", "type": "UriFolder"} for id_ in ids}
+        ids, at = (await request.json())["values"], request.path_params
+        workspace = f"subscriptions/{at['sub']}/resourcegroups/{at['group']}/workspaces/{at['workspace']}"
+        store = f"azureml://{workspace}/datastores/workspaceblobstore/paths/azureml/"
+        values = {id_: {"uri": f"{store}{id_.removesuffix(CHILD)}/score/", "type": "uri_folder"} for id_ in ids}
         return JSONResponse({"values": values})
