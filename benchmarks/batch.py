@@ -2,9 +2,9 @@
 
     python benchmarks/batch.py [--rows 2000] [--new-tokens 64] [--rounds 3]
 
-The same prompts, parameters and seeds go through the engine (all submitted at once, so that its batch is always full) and
-through a job over files of 500 rows, taking turns in one process; figures are medians of generated tokens per second. The
-job's memory is what the process gained after its first round. The last line is one JSON object.
+The same prompts, parameters and seeds go through the engine (all submitted at once, so that its batch is always
+full) and through a job over files of 500 rows, taking turns in one process; figures are medians of generated tokens per
+second. The job's memory is what the process gained after its first round. The last line is one JSON object.
 """
 
 import argparse

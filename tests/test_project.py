@@ -77,6 +77,23 @@ def test_dependencies_have_a_lower_and_an_upper_bound(project):
         assert {s.operator for s in Requirement(line).specifier} == {">=", "<"}, line
 
 
+@pytest.mark.slow
+def test_conda_resolves_with_what_the_batch_driver_needs(tmp_path):
+    """By pip, nothing installed; a minute, and the package registry. The driver limits numpy and pyarrow, among others."""
+    wanted = tmp_path / "requirements.txt"
+    wanted.write_text("".join(f"{requirement}\n" for requirement in conda_environment()[1]))
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    done = subprocess.run(
+        [*command, "--report", str(report), "-r", str(wanted)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    packages = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
+    found = {package["name"].lower().replace("_", "-"): package["version"] for package in packages}
+    assert {name: found[name].partition("+")[0] for name in pins()} == pins()
+    assert {"azureml-dataprep", "fusepy"} <= found.keys()
+
+
 def test_conda_python_is_one_that_the_package_takes(project):
     conda, _ = conda_environment()
     (python,) = [entry.partition("=")[2] for entry in conda if entry.startswith("python=")]

@@ -1,8 +1,8 @@
 """Batch endpoints and their jobs: what an invocation starts, how it is watched, where its results are found.
 
 An invocation runs the parallel driver (parallel_driver.py) on the deployment's code, model and settings, all on this
-machine. Results lie in the workspace's container, below azureml/JOB/score. What the SDK asks beside the manager was read
-in azure.ai.ml 1.35: `operations/_batch_endpoint_operations.py` (invoke), `_job_operations.py` (download of a
+machine. Results lie in the workspace's container, below azureml/JOB/score. What the SDK asks was read in
+azure.ai.ml 1.35: `operations/_batch_endpoint_operations.py` (invoke), `_job_operations.py` (download of a
 "batchrun"), `_run_operations.py` (run history), `_dataset_dataplane_operations.py`.
 """
 
