@@ -79,7 +79,7 @@ def test_dependencies_have_a_lower_and_an_upper_bound(project):
 
 @pytest.mark.slow
 def test_conda_resolves_with_what_the_batch_driver_needs(tmp_path):
-    """By pip, nothing installed; a minute, and the package registry. The driver limits numpy and pyarrow, among others."""
+    """By pip, nothing installed; takes a minute and the package registry. The driver limits numpy and pyarrow."""
     wanted = tmp_path / "requirements.txt"
     wanted.write_text("".join(f"{requirement}\n" for requirement in conda_environment()[1]))
     report = tmp_path / "report.json"
