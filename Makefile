@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PORT ?= 5001
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo serve azure-local test test-all check format bench clean
+.PHONY: help install demo serve azure-local test test-all check check-specs format bench clean
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -38,6 +38,9 @@ check: install ## Format check, lint, types, generated docs up to date
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/python -m mptserve.docs --check README.md
+
+check-specs: install ## Whether the YAML in endpoint/ is right, by Microsoft's loader and our rules; PATHS=my-folder for yours
+	@$(BIN)/mptserve check $(or $(PATHS),endpoint)
 
 format: install ## Reformat, fix what lint can, refresh generated docs
 	@$(BIN)/ruff check --fix-only --quiet .

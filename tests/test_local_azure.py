@@ -104,7 +104,7 @@ def test_stream_passes_through_piece_by_piece(desk: Desk, parrot: str) -> None:
 @pytest.mark.slow
 def test_slow_answers_and_crowds_are_turned_away(desk: Desk, parrot: str, tmp_path: Path) -> None:
     """request_timeout_ms → 408; more than 2 × max_concurrent_requests_per_instance × instances → 429."""
-    desk.deploy(parrot, "narrow", write_parrot(tmp_path / "parrot"), timeout_ms=1500, concurrency=2)
+    desk.deploy(parrot, "narrow", write_parrot(tmp_path / "parrot"), timeout_ms=4000, concurrency=2)
     key = desk.key(parrot)
 
     def ask(sleep_s: float) -> tuple[int, float]:
@@ -112,16 +112,16 @@ def test_slow_answers_and_crowds_are_turned_away(desk: Desk, parrot: str, tmp_pa
         reply = desk.post(parrot, {"sleep_s": sleep_s}, key=key, deployment="narrow")
         return reply.status_code, time.monotonic() - started
 
-    status, seconds = ask(4)
+    status, seconds = ask(8)
     assert status == 408
-    assert 1.4 < seconds < 3.9
+    assert seconds > 3.9
     with ThreadPoolExecutor(7) as pool:
-        statuses = sorted(status for status, _ in pool.map(ask, [0.8] * 7))
+        statuses = sorted(status for status, _ in pool.map(ask, [2] * 7))
     assert statuses == [200] * 4 + [429] * 3
     assert ask(0)[0] == 200, "the places of those who left are free again"
     with (
         pytest.raises(requests.exceptions.ChunkedEncodingError),
-        desk.post(parrot, {"pieces": 50, "every_s": 0.1}, key=key, deployment="narrow", stream=True) as reply,
+        desk.post(parrot, {"pieces": 80, "every_s": 0.1}, key=key, deployment="narrow", stream=True) as reply,
     ):
         list(reply.iter_lines())
     assert reply.status_code == 200
@@ -188,6 +188,42 @@ def test_traffic_that_makes_no_sense_is_refused(
     assert desk.client.online_endpoints.get(parrot).traffic == {"blue": 100, "green": 0}
 
 
+# Storage, and what is not there
+
+
+def test_blobs_come_back_as_they_went_in_also_in_blocks(desk: Desk) -> None:
+    """What the SDK does with files above 64 MB, here with a client that calls 1,000 bytes large."""
+    from azure.storage.blob import ContainerClient
+
+    url = f"{desk.azure.url}/storage/desk/box?sv=2025-01-05&sig=desk"
+    content = bytes(range(256)) * 20
+    limits = {"max_single_put_size": 1000, "max_block_size": 1000, "max_single_get_size": 1500}
+    with ContainerClient.from_container_url(url, max_chunk_get_size=1500, **limits) as box:
+        box.upload_blob("folder/large.bin", content, metadata={"name": "large"})
+        box.upload_blob("folder/small.txt", b"small")
+        assert [blob.name for blob in box.list_blobs("folder/")] == ["folder/large.bin", "folder/small.txt"]
+        assert [blob.metadata for blob in box.list_blobs("folder/l", include="metadata")] == [{"name": "large"}]
+        assert box.download_blob("folder/large.bin").readall() == content
+        assert box.get_blob_client("folder/large.bin").get_blob_properties().size == len(content)
+        box.delete_blob("folder/large.bin")
+        assert not box.get_blob_client("folder/large.bin").exists()
+
+
+def test_calls_that_the_desk_does_not_know_say_so(desk: Desk) -> None:
+    with pytest.raises(ResourceNotFoundError, match=r"Azure on the desk does not know GET \S+/computes/gpu"):
+        desk.client.compute.get("gpu")
+
+
+def test_batch_endpoints_are_kept(desk: Desk) -> None:
+    from azure.ai.ml.entities import BatchEndpoint
+
+    desk.client.batch_endpoints.begin_create_or_update(BatchEndpoint(name="nightly")).result()
+    assert [e.name for e in desk.client.batch_endpoints.list()] == ["nightly"]
+    assert desk.client.batch_endpoints.get("nightly").scoring_uri == f"{desk.azure.url}/batch/nightly/jobs"
+    desk.client.batch_endpoints.begin_delete("nightly").result()
+    assert list(desk.client.batch_endpoints.list()) == []
+
+
 # A deployment's life
 
 
@@ -231,6 +267,25 @@ def test_probes_that_never_pass_fail_the_operation(desk: Desk, parrot: str, tmp_
     with pytest.raises(HttpResponseError, match="its probes failed for"):
         desk.deploy(parrot, "slow", code, liveness_probe=probe, readiness_probe=probe)
     desk.client.online_deployments.begin_delete("slow", parrot).result()
+
+
+@pytest.mark.slow
+def test_deployment_that_is_deleted_while_it_starts_leaves_nothing_running(
+    desk: Desk, parrot: str, tmp_path: Path
+) -> None:
+    code = write_parrot(tmp_path / "parrot")
+    (code / "score.py").write_text("def init():\n    import time\n    time.sleep(60)\n", encoding="utf-8")
+    with ThreadPoolExecutor() as pool:
+        creation = pool.submit(desk.deploy, parrot, "hasty", code)
+        deployments = desk.azure.online.endpoint(parrot).deployments
+        eventually(lambda: "hasty" in deployments and deployments["hasty"].starting, "a start")
+        [instance] = deployments["hasty"].starting
+        eventually(lambda: instance.process, "a process")
+        desk.client.online_deployments.begin_delete("hasty", parrot).result()
+        with pytest.raises(HttpResponseError):
+            creation.result()
+    assert instance.process is not None
+    assert instance.process.returncode is not None
 
 
 @pytest.mark.parametrize(

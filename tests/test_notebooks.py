@@ -47,13 +47,13 @@ def test_online_notebook_deploys_rolls_out_and_cleans_up(tmp_path: Path, monkeyp
         cells = run("online.ipynb", monkeypatch, settings_text(desk.azure))
         assert list(desk.client.online_endpoints.list()) == []
         assert [m.name for m in desk.client.models.list("mpt-8m")] == ["mpt-8m"]
-    assert value(cells, "blue.provisioning_state")[-1] == "'Succeeded'"
+    assert "'Succeeded'" in value(cells, "blue.provisioning_state")[-1]
     assert "the meaning of life is" in value(cells, "basic.json")[-1]
     assert "'finish_reason': 'length'" in value(cells, "event[")[-1]
     assert "424" in value(cells, "tempratur")[-1]
     assert "did you mean `temperature`" in value(cells, "tempratur")[-1]
     assert value(cells, "alone.status_code")[-1] == "(200, True)"
-    assert value(cells, "callers_during(change")[-1].count(" 0 failed") == 4
+    assert "".join(value(cells, "callers_during(change")).count(" 0 failed") == 4
     assert value(cells, "autoscale.json")[-1] == "'Succeeded'"
     assert shows_a_picture(cells[-2])
 

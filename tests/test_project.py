@@ -115,9 +115,10 @@ def test_version_is_said_once_in_each_place(project):
 def test_every_package_is_packaged(project):
     found = {".".join(path.parent.relative_to(SCORE).parts) for path in PACKAGE.rglob("*.py")}
     assert set(project["tool"]["setuptools"]["packages"]) == found
-    data = {path.suffix for path in PACKAGE.iterdir() if path.is_file() and path.suffix != ".py"}
-    assert data == {".json"}
-    assert project["tool"]["setuptools"]["package-data"] == {"mptserve": ["*.json"]}
+    data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    packages = {".".join(path.parent.relative_to(SCORE).parts) for path in data}
+    assert {path.suffix for path in data} == {".json"}
+    assert project["tool"]["setuptools"]["package-data"] == {name: ["*.json"] for name in packages}
 
 
 def test_licence_is_apache_2(project):

@@ -13,7 +13,6 @@ import urllib.request
 from pathlib import Path
 
 from mptserve.batch.command import add_commands as add_batch_commands
-from mptserve.check import command as check_command
 from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
 
 SAMPLES = SCORE_DIR.parent / "samples"
@@ -37,20 +36,19 @@ def main(argv: list[str] | None = None) -> int:
             "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
         )
     add_batch_commands(commands, default_model_dir())
-    check = commands.add_parser(
-        "check", help="find mistakes in Azure ML YAML files, offline, or see what fits a machine"
-    )
-    check_command.add_arguments(check)
-    rollout = commands.add_parser("rollout", help="replace a deployment on Azure step by step (endpoint/rollout.sh)")
-    rollout.add_argument("arguments", nargs=argparse.REMAINDER, help="as the script says when it is given none")
+    commands.add_parser("check", help="find mistakes in Azure ML YAML, offline, or see which machines a model fits")
+    commands.add_parser("rollout", help="replace a deployment on Azure step by step, by endpoint/rollout.sh")
+    first, *rest = (sys.argv[1:] if argv is None else argv) or [""]
+    if first == "check":
+        from mptserve.check.command import main as check  # imports PyTorch, which the other commands need not wait for
+
+        return check(rest)
+    if first == "rollout":
+        return subprocess.run(["bash", str(ROLLOUT), *rest], check=False).returncode
     args = parser.parse_args(argv)
     if hasattr(args, "run"):
         status: int = args.run(args)
         return status
-    if args.command == "check":
-        return check_command.run(args)
-    if args.command == "rollout":
-        return subprocess.run(["bash", str(ROLLOUT), *args.arguments], check=False).returncode
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind
     try:
         with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:

@@ -37,11 +37,13 @@ class FrontDoor:
         self.routes = [Route("/endpoints/{endpoint}/{path:path}", self.answer, methods=METHODS)]
 
     async def close(self) -> None:
+        for task in self.mirrors:
+            task.cancel()
         await asyncio.gather(*self.mirrors, return_exceptions=True)
         await self.client.aclose()
 
     async def answer(self, request: Request) -> Response:
-        """Answer one request. Paths other than /score go to the container too (contract §3.8: not verified, GUESS)."""
+        """Answer one request. Paths other than /score go to the container too (GUESS)."""
         endpoint = self.endpoints.get(request.path_params["endpoint"])
         if endpoint is None:
             return _error(404, "NotFound", "there is no such endpoint")
@@ -136,7 +138,7 @@ class FrontDoor:
         finally:
             gone.cancel()
         headers = {k: v for k, v in upstream.headers.items() if k not in HOP_BY_HOP}
-        headers[DEPLOYMENT_HEADER] = deployment.name  # GUESS, seen in answers of real endpoints
+        headers[DEPLOYMENT_HEADER] = deployment.name  # GUESS
         status = upstream.status_code
         if status != 200:  # TSG 424; the body passing through, 2xx other than 200 included: GUESS
             headers |= {

@@ -24,8 +24,10 @@ PROBE_EVERY_S = 0.2
 """The desk probes more often than the spec says, so that nobody waits; the time that may pass is the spec's."""
 GRACE_S = 30.0
 """Between SIGTERM and SIGKILL. What Azure gives is not documented; 30 s is Kubernetes' default. GUESS."""
-NOT_PASSED_ON = ("MPT_", "AZUREML_", "AML_", "WORKER_", "GUNICORN_", "APP_INSIGHTS_", "PYTHON")
-"""Of the desk's own environment: a container sees what its image and the deployment set, nothing else."""
+WITH_US = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
+"""On Linux a container ends with the desk, even when nobody gave the desk time to say so."""
+PASSED_ON = {"PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TZ", "VIRTUAL_ENV"}
+"""Of the desk's own environment; beyond it a container sees what its image and the deployment set."""
 
 
 class StartFailed(Exception):
@@ -35,9 +37,11 @@ class StartFailed(Exception):
 class Instance:
     """One container in Azure's terms: a folder laid out like the image's, and a process that is kept alive."""
 
-    def __init__(self, name: str, folder: Path, spec: Spec, code: Path, model: Path | None, more: Mapping[str, str]):
+    def __init__(
+        self, name: str, folder: Path, spec: Spec, code: Path, model: Path | None, insights: Mapping[str, str]
+    ) -> None:
         self.name, self.folder, self.spec = name, folder, spec
-        self.code, self.model, self.more = code, model, more
+        self.code, self.model, self.insights = code, model, insights
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.lines: deque[str] = deque(maxlen=LOG_LINES)
@@ -83,7 +87,7 @@ class Instance:
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def _lay_out(self) -> None:
-        """Copy code and model to where Azure's image has them (azure.ai.ml `_local_endpoints`, contract §4.1)."""
+        """Put code and model where Azure's image has them (azure.ai.ml `_local_endpoints/azureml_image_context.py`)."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.app_root.parent.mkdir(parents=True)
         shutil.copytree(self.code, self.app_root)
@@ -104,7 +108,7 @@ class Instance:
 
     def environment(self) -> dict[str, str]:
         """Return the process's variables: the image's, then the deployment's own."""
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(NOT_PASSED_ON)}
+        inherited = {k: v for k, v in os.environ.items() if k in PASSED_ON}
         image = {
             "AML_APP_ROOT": str(self.app_root),
             "AZUREML_ENTRY_SCRIPT": self.spec.scoring_script,
@@ -114,7 +118,8 @@ class Instance:
         }
         if self.model is not None:
             image["AZUREML_MODEL_DIR"] = str(self.model_dir)
-        return inherited | image | dict(self.more) | self.spec.environment_variables
+        insights = dict(self.insights) if self.spec.app_insights else {}
+        return inherited | image | insights | self.spec.environment_variables
 
     async def _keep_alive(self) -> None:
         """Start the process, and start it again when it ends or its liveness probe gives up. Returns on failure."""
@@ -136,12 +141,13 @@ class Instance:
             if not self._was_ever_ready:
                 self.failed = reason
                 return
-            # At once the first time, then with growing pauses while it keeps dying, as Kubernetes does. GUESS.
-            pause_s = 0.0 if time.monotonic() - started > 60 else min(max(2 * pause_s, 0.5), 30.0)
+            # Soon the first time, then after growing pauses while it keeps dying, as Kubernetes does. GUESS.
+            pause_s = 0.5 if time.monotonic() - started > 60 else min(max(2 * pause_s, 0.5), 30.0)
 
     async def _launch(self) -> asyncio.subprocess.Process:
         script = self.app_root / self.spec.scoring_script
         self.process = await asyncio.create_subprocess_exec(
+            *WITH_US,
             *(sys.executable, "-m", "azureml_inference_server_http.amlserver"),
             *("--entry_script", str(script), "--port", str(self.port)),
             env=self.environment(),

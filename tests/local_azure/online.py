@@ -4,7 +4,7 @@ import asyncio
 import secrets
 from dataclasses import dataclass, field
 
-from local_azure.instances import Instance
+from local_azure.instances import Instance, StartFailed
 from local_azure.spec import Spec
 
 
@@ -18,6 +18,7 @@ class Deployment:
     starting: list[Instance] = field(default_factory=list)
     in_flight: int = 0
     last_words: str = ""
+    deleted: bool = False
 
     async def pick(self) -> Instance:
         """Return the ready instance with the fewest open requests; wait while none is ready."""
@@ -43,11 +44,16 @@ class Deployment:
             raise
         finally:
             self.starting = []
+        if self.deleted:
+            await asyncio.gather(*(i.stop() for i in instances))
+            raise StartFailed("it was deleted meanwhile")
         old, self.instances, self.spec = self.instances, instances, spec
         await asyncio.gather(*(i.stop() for i in old))
 
     async def stop(self) -> None:
-        old, self.instances = self.instances, []
+        """End every instance, also one that is just starting; for good."""
+        self.deleted = True
+        old, self.instances = self.instances + self.starting, []
         await asyncio.gather(*(i.stop() for i in old))
 
     def log(self, n_lines: int) -> str:

@@ -30,8 +30,8 @@ class Prepared:
 class OnlineResources:
     """The endpoints that the front door answers for, and their deployments."""
 
-    def __init__(self, root: Path, storage: Storage, instance_environment: Mapping[str, str]) -> None:
-        self.root, self.storage, self.instance_environment = root, storage, instance_environment
+    def __init__(self, root: Path, storage: Storage, insights: Mapping[str, str]) -> None:
+        self.root, self.storage, self.insights = root, storage, insights
         self.endpoints: dict[str, Endpoint] = {}
         self._n_instances = 0
 
@@ -77,7 +77,7 @@ class OnlineResources:
             self._n_instances += 1
             number = f"{endpoint_name}-{name}-{self._n_instances}"
             folder = self.root / "instances" / number
-            instances.append(Instance(number, folder, spec, code, model, self.instance_environment))
+            instances.append(Instance(number, folder, spec, code, model, self.insights))
         return Prepared(endpoint, name, spec, instances)
 
     async def deploy(self, prepared: Prepared) -> None:

@@ -36,7 +36,7 @@ class ResourceManager:
         self.operations: dict[str, Resource] = {}
         self.calls: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._router = Router(self.routes())
+        self._router = Router(self.routes(), default=_unknown)
 
     def routes(self) -> list[Route]:
         """Return what can be asked. The first match answers."""
@@ -241,8 +241,11 @@ class ResourceManager:
         return self._accepted(None, 202, self.online.delete_deployment(endpoint, name))
 
     async def get_logs(self, request: Request) -> Response:
-        lines = int((await request.json()).get("tail") or 500)
+        wanted = await request.json()
         self._find(_id(request).rpartition("/")[0])
+        if wanted.get("containerType") == "StorageInitializer":
+            return JSONResponse({"content": "the desk has no storage initializer: files are simply there"})
+        lines = int(wanted.get("tail") or 500)
         return JSONResponse({"content": self.online.log(_name(request, -4), _name(request, -2), lines)})
 
     # Templates -------------------------------------------------------------------------------------------------------
@@ -312,6 +315,13 @@ async def _work(operation: Resource, work: Awaitable[None]) -> None:
         operation.update(status="Failed", error={"code": exc.code, "message": str(exc)})
     except Exception as exc:  # our own mistake: the caller must not wait for ever
         operation.update(status="Failed", error={"code": "InternalServerError", "message": repr(exc)})
+
+
+async def _unknown(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    refused = Refused(
+        404, "NotOnTheDesk", f"Azure on the desk does not know {scope['method']} {scope['original_path']}"
+    )
+    await refused.response()(scope, receive, send)
 
 
 def _guarded(handler: Handler) -> Handler:

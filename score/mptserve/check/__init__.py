@@ -17,11 +17,12 @@ __all__ = ["RULES", "Problem", "SdkMissing", "check_file", "yaml_files"]
 
 
 def yaml_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the files, and the YAML files below the folders; raises FileNotFoundError."""
+    """Yield the files, and the YAML files below the folders except hidden and conda ones; raises FileNotFoundError."""
     for path in paths:
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml") and p.is_file())
-            yield from (p for p in found if not _is_conda(p))
+            hidden = {p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts)}
+            yield from (p for p in found if p not in hidden and not _is_conda(p))
         elif path.exists():
             yield path
         else:

@@ -6,6 +6,8 @@ from mptserve.check.document import Document, Pointer
 from mptserve.check.online_rules import whole
 from mptserve.check.problem import Problem
 
+MAX_GPUS = 8
+"""Of one machine. Which machines a cluster has is not in the YAML, so fewer processes than this may be right."""
 MIN_TIMEOUT_S = 300
 """Of a mini-batch: a file of a thousand rows of generated text takes minutes. Azure's default is 30 s."""
 
@@ -50,9 +52,9 @@ def _counts(document: Document, inside: Pointer) -> Iterator[Problem]:
                 said = f"{name} is {value}"
                 yield document.problem(at, "batch-count", said, f"set {low} or more")
     at, value = (*inside, "max_concurrency_per_instance"), document.get(*inside, "max_concurrency_per_instance")
-    if whole(value) is not None and value > 1:
-        said = f"{value} processes on an instance load the model {value} times, onto one GPU"
-        yield document.problem(at, "batch-concurrency", said, "set 1: the engine batches by itself; add instances")
+    if whole(value) is not None and value > MAX_GPUS:
+        said = f"{value} processes on an instance load the model {value} times, and no machine has so many GPUs"
+        yield document.problem(at, "batch-concurrency", said, "set the instance's number of GPUs: the engine batches")
     count = whole(document.get("resources", "instance_count"))
     if count is not None and count < 1:
         said = f"{count} instances"

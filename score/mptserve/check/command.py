@@ -11,8 +11,9 @@ from mptserve.engine.config import read_config
 from mptserve.errors import StartupError
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the command's arguments."""
+def main(argv: list[str]) -> int:
+    """Return 0: all well; 1: problems, printed; 2: cannot check."""
+    parser = argparse.ArgumentParser(prog="mptserve check", description=__doc__)
     parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="YAML files, or folders with such")
     parser.add_argument(
         "--set",
@@ -27,10 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rules", action="store_true", help="print every rule and leave")
     parser.add_argument("--model", type=Path, metavar="DIR", help="say how the checkpoint below DIR fits --sku")
     parser.add_argument("--sku", metavar="NAME", help="a machine of Azure's; without it: those with one GPU, or none")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Return 0: all well; 1: problems, printed; 2: cannot check."""
+    args = parser.parse_args(argv)
     if args.rules:
         print("\n".join(f"{rule:<20} {says}" for rule, says in RULES.items()))
         return 0
@@ -46,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
         return _cannot(str(exc))
     except SdkMissing as exc:
         return _cannot(f"{exc}; or check with our own rules only: --no-sdk")
+    named = set(args.paths)
+    for problem in [p for p in problems if p.rule == "kind" and p.path not in named]:  # found in a folder: not ours
+        problems.remove(problem)
+        print(f"{problem.path}: left alone, {problem.message}")
     if not files:
         return _cannot(f"no *.yml or *.yaml in {', '.join(map(str, args.paths))}")
     for problem in problems:

@@ -7,7 +7,7 @@ A comment `# over: FILE` makes a file an overlay: it is checked as FILE with the
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ class Document:
     value: dict[str, Any]
     places: dict[Pointer, tuple[Path, int]]
     duplicates: tuple[tuple[int, str], ...] = ()
-    allowed: frozenset[tuple[Path, int, str]] = field(default=frozenset())
+    allowed: frozenset[tuple[Path, int, str]] = frozenset()
 
     def get(self, *pointer: str | int, default: Any = None) -> Any:
         """Return the value at `pointer`, or `default` where there is none."""
@@ -95,7 +95,9 @@ def read_document(path: Path, changes: Mapping[str, str] | None = None) -> Docum
     """Return the file at `path`, its `changes` (as in az's `--set a.b=c`) applied; raises NotReadable."""
     document = _with_overlay(_parse(path))
     for name, text in (changes or {}).items():
-        _set(document.value, name, yaml.safe_load(text) if text else "")
+        # az hands on texts, of which the loader makes numbers where they are due: nowhere in a dict of variables
+        number = re.fullmatch(r"-?\d+", text) and "environment_variables" not in name
+        _set(document.value, name, int(text) if number else text)
     return document
 
 
@@ -114,19 +116,23 @@ def _parse(path: Path) -> Document:
             Problem(path, line, "yaml", f"is no YAML: {said}", "mind the indentation and quotes")
         ) from exc
     if not isinstance(value, dict) or node is None:
-        found = type(value).__name__
-        raise NotReadable(Problem(path, 1, "yaml", f"must hold keys and values, got {found}", "give one object a file"))
+        said = f"must hold keys and values, got {type(value).__name__}"
+        raise NotReadable(Problem(path, 1, "yaml", said, "give one object a file"))
     places: dict[Pointer, tuple[Path, int]] = {(): (path, 1)}
     duplicates: list[tuple[int, str]] = []
-    for pointer, line, again in _walk(node, ()):
+    try:
+        found = list(_walk(node, ()))
+    except RecursionError as exc:
+        raise NotReadable(Problem(path, 1, "yaml", "contains itself", "remove the alias")) from exc
+    for pointer, line, again in found:
         places[pointer] = (path, line)
         if again:
             duplicates.append((line, str(pointer[-1])))
     allowed = {
         (path, number, rule)
         for number, line in enumerate(text.splitlines(), 1)
-        for found in re.findall(r"# allow: ([a-z0-9-]+(?:, *[a-z0-9-]+)*)", line)
-        for rule in re.split(", *", found)
+        for rules in re.findall(r"# allow: ([a-z0-9-]+(?:, *[a-z0-9-]+)*)", line)
+        for rule in re.split(", *", rules)
     }
     return Document(path, path.parent, value, places, tuple(duplicates), frozenset(allowed))
 

@@ -19,7 +19,17 @@ HOST_FILES = ("config.json", "logging.json")
 
 
 def check_code(document: Document, *, functions: tuple[str, ...]) -> Iterator[Problem]:
-    """The SDK looks for folder and script only when it uploads them; functions: what the script must define."""
+    """The SDK looks for folder and script only when it uploads them; functions: what the script must define.
+
+    Without code the environment must bring a server, which a registered one may; batch_rules.py asks for it always.
+    """
+    environment = document.get("environment")
+    if document.get("code_configuration") is None and isinstance(environment, dict) and document.get("compute") is None:
+        if "inference_config" not in environment:
+            said = "neither code_configuration nor an inference_config: nothing would answer"
+            fix = "add code and scoring_script, or inference_config for an image with a server"
+            yield document.problem(("environment",), "code", said, fix)
+        return
     code, script = document.get("code_configuration", "code"), document.get("code_configuration", "scoring_script")
     if not isinstance(code, str) or code.startswith("azureml:"):
         return

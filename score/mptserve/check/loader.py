@@ -13,6 +13,20 @@ import yaml
 from mptserve.check.document import Document, Pointer
 from mptserve.check.problem import Problem
 
+_REFERENCE = "https://learn.microsoft.com/azure/machine-learning/reference-yaml"
+_PAGES = {
+    "online endpoint": "endpoint-online",
+    "online deployment": "deployment-managed-online",
+    "batch endpoint": "endpoint-batch",
+    "batch deployment": "deployment-batch",
+    "model": "model",
+    "environment": "environment",
+}
+
+
+_INSTALL = "pip install 'azure-ai-ml>=1.30,<2' 'azureml-inference-server-http>=1.5.1,<2'"
+"""Both at once: alone, the first brings a newer OpenTelemetry than the second can be used with."""
+
 
 class SdkMissing(Exception):
     """azure-ai-ml is not installed."""
@@ -31,8 +45,9 @@ def load_with_sdk(document: Document) -> Iterator[Problem]:
     except SdkMissing:
         raise
     except Exception as exc:  # it raises marshmallow's, its own and bare ones
-        for pointer, message in _said(exc):
-            yield document.problem(pointer, "azure-sdk", f"azure-ai-ml refuses it: {message}", "see the YAML reference")
+        fix = f"see {_REFERENCE}-{_PAGES[str(document.kind)]}"
+        for pointer, message in _said(exc, document):
+            yield document.problem(pointer, "azure-sdk", f"azure-ai-ml refuses it: {message}", fix)
 
 
 def _loader(document: Document) -> Any:
@@ -46,9 +61,7 @@ def _loader(document: Document) -> Any:
             from azure.ai import ml
             from azure.ai.ml.entities._load_functions import load_model_batch_deployment
     except ImportError as exc:
-        raise SdkMissing(
-            "azure-ai-ml is not installed: pip install 'azure-ai-ml>=1.30,<2', or 'mptserve[azure]'"
-        ) from exc
+        raise SdkMissing(f"azure-ai-ml is not installed: {_INSTALL}") from exc
     modern = "settings" in document.value or document.value.get("type") == "model"
     return {
         "online endpoint": ml.load_online_endpoint,
@@ -74,28 +87,34 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _said(exc: Exception) -> list[tuple[Pointer, str]]:
+def _said(exc: Exception, document: Document) -> list[tuple[Pointer, str]]:
     """Return (where, what) of everything that the loader complains of; the SDK wraps its findings as JSON in prose."""
     messages = getattr(exc, "messages", None)
     if isinstance(messages, dict):
-        return list(_flat(messages, ()))
+        return list(_flat(messages, (), document))
     text = str(exc)
     found = re.search(r"\{.*\}", text, flags=re.DOTALL)
     if found:
         with contextlib.suppress(yaml.YAMLError):
             parsed = yaml.safe_load(found[0])
-            if isinstance(parsed, dict) and (flat := list(_flat(parsed, ()))):
+            if isinstance(parsed, dict) and (flat := list(_flat(parsed, (), document))):
                 return flat
     plain = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
-    return [((), plain[:400])]
+    return [((), plain[:400].rstrip(".: "))]
 
 
-def _flat(messages: Any, at: Pointer) -> Iterator[tuple[Pointer, str]]:
-    """Yield the leaves of marshmallow's nested messages; `_schema` stands for the object itself."""
+def _flat(messages: Any, at: Pointer, document: Document) -> Iterator[tuple[Pointer, str]]:
+    """Yield the leaves of marshmallow's nested messages; `_schema` stands for the object itself.
+
+    Where several forms are possible, a reference or an object, it complains once for each: the last is the object's.
+    """
     if isinstance(messages, dict):
         for key, below in messages.items():
-            yield from _flat(below, at if key == "_schema" else (*at, key))
+            yield from _flat(below, at if key == "_schema" else (*at, key), document)
+    elif isinstance(messages, list) and any(isinstance(m, dict) for m in messages):
+        forms = [m for m in messages if isinstance(m, dict)]
+        yield from _flat(forms[-1] if isinstance(document.get(*at), dict) else forms[0], at, document)
     elif isinstance(messages, list) and messages:
         where = ".".join(map(str, at))
-        said = "; ".join(" ".join(str(m).split()) for m in messages)[:400]
+        said = "; ".join(" ".join(str(m).split()) for m in messages)[:300].rstrip(".: ")
         yield at, f"{where}: {said}" if where else said

@@ -1,5 +1,7 @@
 """Rules for the numbers of an online deployment, which must fit one another: times, threads, probes, instances."""
 
+import itertools
+import math
 import re
 import shlex
 from collections.abc import Iterator
@@ -54,6 +56,8 @@ def check_times(document: Document) -> Iterator[Problem]:
             f"MPT_DEADLINE_MS {deadline} is not below request_timeout_ms {timeout}: callers get 408 and no text",
             f'set MPT_DEADLINE_MS: "{max(timeout - 10_000, timeout // 2)}"',
         )
+    if not served_by_host(document):
+        return
     graceful = _number(_flag(document, "--graceful-timeout"), 30)
     if graceful * 1000 < min(deadline, timeout):
         yield document.problem(
@@ -75,6 +79,8 @@ def check_host(document: Document) -> Iterator[Problem]:
         concurrency = 1
     elif concurrency < 1:
         yield document.problem(at, "concurrency", f"{concurrency} requests at a time is none", "set it to MPT_MAX_ROWS")
+    if not served_by_host(document):
+        return
     arguments, where = env(document, "GUNICORN_CMD_ARGS") or "", env_place("GUNICORN_CMD_ARGS")
     kind = _flag(document, "--worker-class") or _flag(document, "-k")
     needed = 2 * concurrency + SPARE_THREADS
@@ -108,7 +114,7 @@ def check_host(document: Document) -> Iterator[Problem]:
         said = "SCORING_TIMEOUT_MS does nothing in a gthread worker"
         yield document.problem(env_place("SCORING_TIMEOUT_MS"), "scoring-timeout", said, "use MPT_DEADLINE_MS instead")
     timeout = whole(document.get("request_settings", "request_timeout_ms")) or 5000
-    if _number(env(document, "WORKER_TIMEOUT"), 300) * 1000 < timeout:
+    if _number(env(document, "WORKER_TIMEOUT"), 300) * 1000 < min(timeout, MAX_TIMEOUT_MS):
         yield document.problem(
             env_place("WORKER_TIMEOUT"),
             "worker-timeout",
@@ -120,7 +126,10 @@ def check_host(document: Document) -> Iterator[Problem]:
 def check_insights(document: Document) -> Iterator[Problem]:
     """With Application Insights on, azmlinfsrv logs every answer's text, and holds streams back to do so."""
     name = "APP_INSIGHTS_LOG_RESPONSE_ENABLED"
-    if document.get("app_insights_enabled") is True and str(env(document, name) or "true").lower() != "false":
+    if (
+        str(document.get("app_insights_enabled")).lower() == "true"
+        and str(env(document, name) or "true").lower() != "false"
+    ):
         place = env_place(name) if env(document, name) is not None else ("app_insights_enabled",)
         yield document.problem(
             place,
@@ -148,10 +157,8 @@ def check_instances(document: Document) -> Iterator[Problem]:
         )
 
 
-_PROBE = {"initial_delay": (1, 10), "period": (1, 10), "timeout": (1, 2), "success_threshold": (1, 1)} | {
-    "failure_threshold": (1, 30)
-}
-"""Smallest value and Azure's default of each number of a probe; seconds, and counts."""
+_PROBE = {"initial_delay": 10, "period": 10, "timeout": 2, "success_threshold": 1, "failure_threshold": 30}
+"""Azure's defaults; seconds, and counts. The smallest value of each is 1."""
 
 
 def check_probes(document: Document) -> Iterator[Problem]:
@@ -159,20 +166,19 @@ def check_probes(document: Document) -> Iterator[Problem]:
     config = model_config(document)
     for probe in ("liveness_probe", "readiness_probe"):
         number = {}
-        for key, (low, default) in _PROBE.items():
+        for key, default in _PROBE.items():
             value = whole(document.get(probe, key, default=default))
-            if value is not None and value < low:
-                said = f"{probe}.{key} is {value}"
-                yield document.problem((probe, key), "probe-value", said, f"set {low} or more")
-            number[key] = max(default if value is None else value, low)
+            if value is not None and value < 1:
+                yield document.problem((probe, key), "probe-value", f"{probe}.{key} is {value}", "set 1 or more")
+            number[key] = max(default if value is None else value, 1)
         if number["timeout"] > number["period"]:
             said = f"{probe} waits {number['timeout']} s for an answer but asks every {number['period']} s"
             yield document.problem((probe, "timeout"), "probe-timeout", said, "make timeout at most period")
         if probe == "liveness_probe" and number["success_threshold"] != 1:
             said = "a liveness probe succeeds at the first answer"
             yield document.problem((probe, "success_threshold"), "probe-value", said, "set success_threshold: 1")
-        if config is None:
-            continue
+        if config is None or (probe == "liveness_probe" and not served_by_host(document)):
+            continue  # another server may well answer before it has loaded
         weights_gb = config.n_parameters * BYTES[model_dtype(document)] / 1e9
         needed = START_S + weights_gb / LOAD_GB_PER_S
         patience = number["initial_delay"] + number["period"] * number["failure_threshold"]
@@ -181,13 +187,14 @@ def check_probes(document: Document) -> Iterator[Problem]:
                 (probe,),
                 "probe-budget",
                 f"{probe} gives up after {patience} s, but {weights_gb:.1f} GB may take {needed:.0f} s to load",
-                f"set initial_delay: {max(round(needed - patience + number['initial_delay'] + 5, -1), 10)}",
+                f"set initial_delay: {math.ceil(needed - patience + number['initial_delay'])}",
             )
 
 
 def check_data_collector(document: Document) -> Iterator[Problem]:
     """Azure itself fills `request` and `response`; others need a call in the scoring script, and ours has none."""
-    for name in document.get("data_collector", "collections", default={}) or {}:
+    collections = document.get("data_collector", "collections")
+    for name in collections if isinstance(collections, dict) else ():
         if name not in ("request", "response"):
             yield document.problem(
                 ("data_collector", "collections", name),
@@ -195,6 +202,11 @@ def check_data_collector(document: Document) -> Iterator[Problem]:
                 f"nothing would ever be collected in `{name}`: mptserve has no call for it",
                 "collect `request` or `response`, which Azure fills itself",
             )
+
+
+def served_by_host(document: Document) -> bool:
+    """Whether azmlinfsrv runs our code; without code_configuration the image brings a server of its own."""
+    return document.get("code_configuration") is not None
 
 
 def env(document: Document, name: str) -> str | None:
@@ -214,7 +226,7 @@ def _flag(document: Document, name: str) -> str | None:
         words = shlex.split(env(document, "GUNICORN_CMD_ARGS") or "")
     except ValueError:
         return None
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in itertools.pairwise([*words, ""]):
         if word == name:
             return following
         if word.startswith(name + "="):

@@ -50,15 +50,16 @@ def check_sku(document: Document) -> Iterator[Problem]:
         yield document.problem(at, "sku-unknown", f"`{name}` is not on Azure's list for online endpoints", fix)
         return
     family = document.get("tags", "model_family")
-    if family is not None and family not in families():
+    if family is not None and str(family) not in families():
         near = difflib.get_close_matches(str(family), families(), 1)
         said = f"model_family `{family}` is not one whose size is known"
         fix = f"use {near[0] if near else ', '.join(families())}"
         yield document.problem(("tags", "model_family"), "model-family", said, fix)
-    device = document.get("environment_variables", "MPT_DEVICE")
-    if device == "cuda" and sku.gpu is None:
-        place = ("environment_variables", "MPT_DEVICE")
+    place = ("environment_variables", "MPT_DEVICE")
+    if document.get(*place) == "cuda" and sku.gpu is None:
         yield document.problem(place, "sku-device", f"{sku.name} has no GPU", "leave MPT_DEVICE out, or take a GPU")
+    elif document.get(*place) == "cpu" and sku.gpu is not None:
+        yield document.problem(place, "sku-device", f"the GPU of {sku.name} would idle", "leave MPT_DEVICE out")
     yield from _card(document, sku)
     dtype = str(document.get("environment_variables", "MPT_DTYPE", default="auto"))
     if dtype in ("bfloat16", "float16", "float32") and dtype not in sku.dtypes:

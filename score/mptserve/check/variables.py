@@ -16,7 +16,8 @@ def check_variables(document: Document, *inside: str) -> Iterator[Problem]:
     if not isinstance(variables, dict):
         return
     known = [f.metadata["env"] for f in FIELDS]
-    for name, value in variables.items():
+    for key, value in variables.items():
+        name = str(key)
         if not isinstance(value, str):
             found = "nothing" if value is None else type(value).__name__
             said = f"{name} is {found}, and variables are text"
@@ -26,7 +27,7 @@ def check_variables(document: Document, *inside: str) -> Iterator[Problem]:
                 else "write a text in quotes"
             )
             yield document.problem((*at, name), "env-text", said, fix)
-        if name == "AZUREML_MODEL_DIR":
+        if name == "AZUREML_MODEL_DIR" and document.get("model_mount_path") is None:
             said = "AZUREML_MODEL_DIR is Azure's own: it says where the model was mounted"
             yield document.problem((*at, name), "env-reserved", said, "remove it; name the model with `model:`")
         elif name.startswith("MPT_"):

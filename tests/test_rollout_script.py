@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from mptserve import cli
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "endpoint" / "rollout.sh"
 SAMPLES = ROOT / "samples" / "online"
@@ -223,6 +225,11 @@ def test_without_arguments_it_says_how_it_is_used(azure: Azure) -> None:
     assert (status, azure.calls) == (2, [])
     assert "ENDPOINT OLD NEW FILE [NAME=VALUE …]" in err
     assert "set -euo" not in err
+
+
+def test_the_command_mptserve_rollout_is_the_script(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["rollout"]) == 2
+    assert "ENDPOINT OLD NEW FILE [NAME=VALUE …]" in capfd.readouterr().err
 
 
 def test_nothing_is_left_in_the_temporary_folder(azure: Azure) -> None:
