@@ -18,7 +18,7 @@ from mptserve.batch.readers import Row, read_rows
 from mptserve.batch.results import ResultFile, answer_fields, error_field, record
 from mptserve.batch.rows import RowRequests
 from mptserve.batch.summary import Tally, now
-from mptserve.engine import Sequence, TokenQueue
+from mptserve.engine import Sequence, Token
 from mptserve.errors import BadFile, GenerationFailed, ScoringError, Unavailable
 from mptserve.request import GenerateRequest
 from mptserve.service import Running, Service
@@ -31,6 +31,22 @@ HELD_CHARS = 64_000_000
 
 class EngineBroken(Exception):
     """The engine cannot go on: not the rows' fault, so the files in flight have no results and must be tried again."""
+
+
+class Endings(queue.SimpleQueue[tuple[Sequence, Token | None]]):
+    """What the engine puts its events into: passes on the ends of sequences, and only counts their tokens.
+
+    Waking up for each token would take the engine's thread the interpreter away, again and again.
+    """
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+
+    def put(self, item: tuple[Sequence, Token | None], block: bool = True, timeout: float | None = None) -> None:
+        if item[1] is None:
+            super().put(item, block, timeout)
+        else:
+            self.n_tokens += 1  # all on the engine's thread
 
 
 class FileRun:
@@ -86,7 +102,7 @@ class Flow:
         self._limit = service.settings.max_body_bytes
         self._window = 2 * service.settings.max_rows  # the engine never waits for us, and nothing waits long in it
         self._waiting: dict[Sequence, Waiting] = {}
-        self._events: TokenQueue = queue.SimpleQueue()
+        self._events = Endings()
         self._held_chars = 0
         self._passed_bytes = 0
         self._source: Source | None = None
@@ -167,16 +183,14 @@ class Flow:
         self._waiting |= {r.generation.sequence: waiting for r in running}
 
     def _wait(self) -> FileRun | None:
-        """Take one event of the engine; return the file whose row it finished, if it did."""
+        """Take the end of one sequence, if one comes soon; return the file whose row it finished, if it did."""
         try:
-            sequence, token = self._events.get(timeout=1.0)
+            sequence, _ = self._events.get(timeout=1.0)
         except queue.Empty:
             if self._service.engine.failure is not None:
                 raise EngineBroken(self._service.engine.failure) from None
             return None
-        if token is not None:
-            self._progress.tokens += 1
-            return None
+        self._progress.tokens = self._events.n_tokens
         waiting = self._waiting.pop(sequence)
         waiting.left -= 1
         if waiting.left:

@@ -62,14 +62,14 @@ class ResultFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
         self._file = self._beside.open("wb")
-        self.write_records: Writer = JsonLines(self._file) if format == "jsonl" else Parquet(self._file)
+        self._writer: Writer = JsonLines(self._file) if format == "jsonl" else Parquet(self._file)
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        self.write_records.write(records)
+        self._writer.write(records)
 
     def finish(self) -> int:
         """Make the results visible in one step, drop what dead tries left, and return the file's size in bytes."""
-        self.write_records.close()
+        self._writer.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         size = self._file.tell()
