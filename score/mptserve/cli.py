@@ -1,4 +1,4 @@
-"""The `mptserve` command: serve a model on this machine through Azure's own server, see it answer once, check YAML."""
+"""The `mptserve` command: serve a model through Azure's own server, see it answer once, score files, check YAML."""
 
 import argparse
 import json
@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from mptserve.batch.command import add_commands as add_batch_commands
 from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
 
 SAMPLES = SCORE_DIR.parent / "samples"
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     for command in (serve, demo, measure):
         command.add_argument(
             "--model-dir",
-            default=os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m"),
+            default=default_model_dir(),
             help="checkpoint folder",
         )
     for command in (serve, demo):
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument(
             "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
         )
+    add_batch_commands(commands, default_model_dir())
     commands.add_parser("check", help="find mistakes in Azure ML YAML, offline, or see which machines a model fits")
     commands.add_parser("rollout", help="replace a deployment on Azure step by step, by endpoint/rollout.sh")
     first, *rest = (sys.argv[1:] if argv is None else argv) or [""]
@@ -54,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         from mptserve import bench  # takes PyTorch, which the other commands leave to the server
 
         return bench.run(Path(args.model_dir), args.rows, args.prompt, args.new, args.rounds)
+    if hasattr(args, "run"):
+        status: int = args.run(args)
+        return status
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind
     try:
         with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:
@@ -65,6 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 0
+
+
+def default_model_dir() -> str:
+    """Return the checkpoint folder that is set, or the embedded model's."""
+    return os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m")
 
 
 class _Echo:
