@@ -11,12 +11,12 @@ help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed ## Make .venv with the pins of conda.yaml and the development tools
-$(VENV)/.installed: pyproject.toml conda.yaml
+$(VENV)/.installed: pyproject.toml conda.yaml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
 	@echo "installing into $(VENV) (PyTorch is the large part; later runs skip this)"
 	@$(PYTHON) -m venv $(VENV)
-	@sed -n 's/^ *- \([A-Za-z0-9._-]*==.*\)$$/\1/p' conda.yaml > $(VENV)/constraints.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
+	@sed -n 's/^ *- \([A-Za-z0-9._-]*==[^ ]*\).*$$/\1/p' conda.yaml > $(VENV)/constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: install ## Start Azure's server on the embedded model, post the sample request, print the answer, stop

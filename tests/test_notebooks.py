@@ -59,6 +59,19 @@ def test_online_notebook_deploys_rolls_out_and_cleans_up(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
+def test_batch_notebook_scores_shows_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with desk_in(tmp_path) as desk:
+        cells = run("batch.ipynb", monkeypatch, settings_text(desk.azure))
+        assert list(desk.client.batch_endpoints.list()) == []
+    assert "COMPLETED" in value(cells, "job = run()")[-1]
+    assert "'rows': 20" in value(cells, "summary.json")[-1]
+    assert "fox" in value(cells, '"finish_reason", "generated_tokens"]]')[-1]
+    assert "unknown_parameter" in value(cells, "wrong.line")[-1]
+    assert value(cells, "stories.jsonl.jsonl")[-1] == "True"
+    assert sum(shows_a_picture(cell) for cell in cells) == 1
+
+
+@pytest.mark.slow
 def test_local_notebook_generates_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     cells = run("local.ipynb", monkeypatch)
     assert sum(shows_a_picture(cell) for cell in cells) >= 2

@@ -61,15 +61,37 @@ def pins() -> dict[str, str]:
     return found
 
 
+BATCH_DRIVER = {"azureml-core", "azureml-dataset-runtime", "pyarrow"}
+"""What Azure's batch driver needs beside us; it limits pyarrow, which parquet needs, to a range of its own."""
+
+
 def test_conda_pins_every_dependency_within_its_bounds(project):
     bounds = {r.name: r.specifier for r in map(Requirement, project["project"]["dependencies"])}
-    assert pins().keys() == bounds.keys()
-    assert [f"{name}=={v}" for name, v in pins().items() if v not in bounds[name]] == []
+    assert pins().keys() == bounds.keys() | BATCH_DRIVER
+    bounds |= {r.name: r.specifier for r in map(Requirement, project["project"]["optional-dependencies"]["batch"])}
+    assert [f"{name}=={v}" for name, v in pins().items() if name in bounds and v not in bounds[name]] == []
 
 
 def test_dependencies_have_a_lower_and_an_upper_bound(project):
     for line in project["project"]["dependencies"]:
         assert {s.operator for s in Requirement(line).specifier} == {">=", "<"}, line
+
+
+@pytest.mark.slow
+def test_conda_resolves_with_what_the_batch_driver_needs(tmp_path):
+    """By pip, nothing installed; takes a minute and the package registry. The driver limits numpy and pyarrow."""
+    wanted = tmp_path / "requirements.txt"
+    wanted.write_text("".join(f"{requirement}\n" for requirement in conda_environment()[1]))
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    done = subprocess.run(
+        [*command, "--report", str(report), "-r", str(wanted)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    packages = [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
+    found = {package["name"].lower().replace("_", "-"): package["version"] for package in packages}
+    assert {name: found[name].partition("+")[0] for name in pins()} == pins()
+    assert {"azureml-dataprep", "fusepy"} <= found.keys()
 
 
 def test_conda_python_is_one_that_the_package_takes(project):
@@ -178,6 +200,22 @@ def test_nothing_imports_back_up():
     level |= {"prompt": 3, "request": 4, "response": 5, "openapi": 5, "flow": 5, "metrics": 5, "service": 6}
     level |= {"azml_host": 7, "api_keys": 7, "playground": 7, "openai_models": 7, "bridge": 7}
     level |= {"openai_api": 8, "validation": 8, "http_edge": 9, "uvicorn_host": 10}
+    batch = [
+        "files",
+        "readers",
+        "rows",
+        "results",
+        "summary",
+        "progress",
+        "gpus",
+        "flow",
+        "job",
+        "azure_driver",
+        "on_ray",
+    ]
+    for i, name in enumerate(batch):
+        inside = {m.split(".")[2] for m in imports(PACKAGE / "batch" / f"{name}.py") if m.startswith("mptserve.batch.")}
+        assert inside <= {*batch[:i]}, name
     for name, own in level.items():
         path = PACKAGE / f"{name}.py"
         for file in [path] if path.is_file() else ENGINE:
@@ -196,7 +234,8 @@ def test_environment_is_read_in_settings_and_by_those_who_start_a_server():
         tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if any(isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv") and _is_os(n.value) for n in tree):
             readers.add(path.relative_to(SCORE).as_posix())
-    assert readers == {"mptserve/settings.py", "mptserve/launch.py", "mptserve/cli.py"}
+    starters = {"mptserve/launch.py", "mptserve/cli.py", "mptserve/batch/command.py", "mptserve/batch/gpus.py"}
+    assert readers == {"mptserve/settings.py"} | starters
 
 
 def _is_os(node: ast.expr) -> bool:

@@ -35,6 +35,11 @@ GOOD = {
     "MPT_CONTENT_SAFETY_KEY_FILE": ("/key", "/key"),
     "MPT_CONTENT_SAFETY_SEVERITY": ("2", 2),
     "MPT_DEFAULTS": ('{"temperature": 0.7}', '{"temperature": 0.7}'),
+    "AZUREML_BI_OUTPUT_PATH": ("/results", "/results"),
+    "MPT_BATCH_FORMAT": ("parquet", "parquet"),
+    "MPT_BATCH_PROMPT_COLUMN": ("question", "question"),
+    "MPT_BATCH_SEED": ("7", 7),
+    "MPT_BATCH_ERROR_SHARE": ("0.25", 0.25),
     "MPT_LOG_LEVEL": ("DEBUG", "DEBUG"),
 }
 
@@ -78,6 +83,11 @@ def test_defaults():
         "content_safety_key_file": "",
         "content_safety_severity": 4,
         "defaults": "{}",
+        "batch_output_dir": "",
+        "batch_format": "jsonl",
+        "batch_prompt_column": "",
+        "batch_seed": 0,
+        "batch_error_share": 0.5,
         "log_level": "INFO",
     }
 
@@ -142,6 +152,10 @@ OUT_OF_RANGE = [
     ("MPT_MAX_SEQUENCES", "1025", "between 1 and 1024"),
     ("MPT_CONTENT_SAFETY_SEVERITY", "0", "between 1 and 7"),
     ("MPT_CONTENT_SAFETY_SEVERITY", "8", "between 1 and 7"),
+    ("MPT_BATCH_SEED", "-1", "between 0 and 9007199254740991"),
+    ("MPT_BATCH_SEED", "9007199254740992", "between 0 and 9007199254740991"),
+    ("MPT_BATCH_ERROR_SHARE", "-0.1", "between 0 and 1"),
+    ("MPT_BATCH_ERROR_SHARE", "1.1", "between 0 and 1"),
 ]
 
 
@@ -159,7 +173,7 @@ def test_table_above_names_every_number():
 
 @pytest.mark.parametrize("env", NUMBERS)
 def test_text_where_a_number_belongs_is_refused(env):
-    kind = "float" if env == "MPT_KV_CACHE_GB" else "int"
+    kind = "float" if env in ("MPT_KV_CACHE_GB", "MPT_BATCH_ERROR_SHARE") else "int"
     for text in ("many", "1e", "0x10", "1,000", "true"):
         assert refusal(**{env: text}) == f"{env} must be a number ({kind}), got {text!r}"
 
@@ -209,7 +223,10 @@ def test_defaults_are_read_as_json():
     assert Settings().default_parameters == {}
 
 
+BY_AZURE = {"model_dir": "AZUREML_MODEL_DIR", "batch_output_dir": "AZUREML_BI_OUTPUT_PATH"}
+
+
 def test_every_setting_says_what_it_is_for():
     for f in FIELDS:
         assert f.metadata["use"]
-        assert f.metadata["env"] == ("AZUREML_MODEL_DIR" if f.name == "model_dir" else f"MPT_{f.name.upper()}")
+        assert f.metadata["env"] == BY_AZURE.get(f.name, f"MPT_{f.name.upper()}")

@@ -1,4 +1,4 @@
-"""The `mptserve` command: serve a model on this machine, see it answer, generate, quantise, measure, check YAML."""
+"""The `mptserve` command: serve a model, see it answer, generate, quantise, score files, measure, check YAML."""
 
 import argparse
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mptserve import generate as generate_command
 from mptserve import quantize as quantize_command
+from mptserve.batch.command import add_commands as add_batch_commands
 from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
 
 SAMPLES = SCORE_DIR.parent / "samples"
@@ -34,15 +35,15 @@ def main(argv: list[str] | None = None) -> int:
     measure.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
     measure.add_argument("--new", type=int, default=32, help="tokens to generate for each")
     measure.add_argument("--rounds", type=int, default=3, help="medians are taken over this many")
-    model_dir = os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m")
     for command in (serve, demo, measure):
-        command.add_argument("--model-dir", default=model_dir, help="checkpoint folder")
-    generate_command.add_arguments(generate, model_dir)
+        command.add_argument("--model-dir", default=default_model_dir(), help="checkpoint folder")
+    generate_command.add_arguments(generate, default_model_dir())
     for command in (serve, demo):
         command.add_argument("--port", type=int, default=5001)
         command.add_argument(
             "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
         )
+    add_batch_commands(commands, default_model_dir())
     commands.add_parser("check", help="find mistakes in Azure ML YAML, offline, or see which machines a model fits")
     commands.add_parser("rollout", help="replace a deployment on Azure step by step, by endpoint/rollout.sh")
     first, *rest = (sys.argv[1:] if argv is None else argv) or [""]
@@ -61,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         return quantize_command.run(args)
     if args.command == "generate":
         return generate_command.run(args)
+    if hasattr(args, "run"):
+        status: int = args.run(args)
+        return status
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind
     try:
         with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:
@@ -72,6 +76,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 0
+
+
+def default_model_dir() -> str:
+    """Return the checkpoint folder that is set, or the embedded model's."""
+    return os.environ.get("AZUREML_MODEL_DIR") or str(SAMPLES / "mpt-8m")
 
 
 class _Echo:

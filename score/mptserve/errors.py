@@ -55,6 +55,17 @@ class TooLarge(ScoringError):
     code = "too_large"
 
 
+class BadFile(ScoringError):
+    """A file of a batch, or the rest of it, cannot be read as what its name says."""
+
+    status = 400
+    code = "invalid_file"
+
+    def __init__(self, message: str, *, code: str | None = None, line: int | None = None) -> None:
+        super().__init__(message, code=code)
+        self.line = line
+
+
 class QueueFull(ScoringError):
     """Too many sequences wait already; the caller should come back later."""
 

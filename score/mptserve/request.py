@@ -105,8 +105,11 @@ class RequestParser:
         """
         if len(body) > self.max_body_bytes:
             raise body_too_large(len(body), self.max_body_bytes)
-        prompts, parameters = _dialect(_json(body))
-        chat = _looks_like_messages(prompts.value)
+        return self.read(*dialect(_json(body)))
+
+    def read(self, prompts: Located, parameters: Located) -> GenerateRequest:
+        """Return the request of prompts and parameters, wherever they stood; raises InvalidRequest."""
+        chat = looks_like_messages(prompts.value)
         self._check(self._messages if chat else self._prompts, prompts.value, prompts.pointer)
         found = [_chat(prompts)] if chat else _texts(prompts)
         given = self._checked(parameters, n_prompts=len(found))
@@ -236,8 +239,8 @@ def _no_constant(name: str) -> NoReturn:
     _refuse(f"the body must be JSON, which has no {name}", "", code="invalid_json")
 
 
-def _dialect(body: Any) -> tuple[Located, Located]:
-    """Return (prompts, parameters) from any of the forms that clients send; see request.schema.json."""
+def dialect(body: Any) -> tuple[Located, Located]:
+    """Return (prompts, parameters), unchecked, from any of the forms that clients send; see request.schema.json."""
     if not isinstance(body, dict):
         _refuse(f"the body must be a JSON object, got {kind_of(body)}", "", code="wrong_type")
     key = "inputs" if "inputs" in body and "input_data" not in body else "input_data"
@@ -289,7 +292,7 @@ def _texts(found: Located) -> list[Located]:
     return texts
 
 
-def _looks_like_messages(value: Any) -> bool:
+def looks_like_messages(value: Any) -> bool:
     return isinstance(value, list) and len(value) > 0 and isinstance(value[0], dict)
 
 
@@ -407,8 +410,10 @@ def kind_of(value: Any) -> str:
             return f"a string of {count(len(value), 'character')}"
         case list():
             return f"a list of {len(value)}"
-        case _:
+        case dict():
             return f"an object of {len(value)}"
+        case _:  # only tables can hold it
+            return f"a value of type {type(value).__name__}"
 
 
 def count(n: int, what: str) -> str:

@@ -116,6 +116,19 @@ class Settings:
     defaults: str = _setting(
         "MPT_DEFAULTS", "{}", 'JSON object of parameters used when a request omits them, e.g. `{"temperature": 0.7}`'
     )
+    batch_output_dir: str = _setting(
+        "AZUREML_BI_OUTPUT_PATH", "", "folder for the results of a batch job; Azure sets it"
+    )
+    batch_format: str = _setting("MPT_BATCH_FORMAT", "jsonl", "what a batch job writes", choices=("jsonl", "parquet"))
+    batch_prompt_column: str = _setting(
+        "MPT_BATCH_PROMPT_COLUMN", "", "column of a batch's prompts; empty: `input_string`, `prompt` or `text`"
+    )
+    batch_seed: int = _setting(
+        "MPT_BATCH_SEED", 0, "rows without a seed get one made of this number and their place", high=(1 << 53) - 1
+    )
+    batch_error_share: float = _setting(
+        "MPT_BATCH_ERROR_SHARE", 0.5, "a file with a larger share of failed rows counts as failed", high=1
+    )
     log_level: str = _setting(
         "MPT_LOG_LEVEL", "INFO", "level of the JSON log", choices=("DEBUG", "INFO", "WARNING", "ERROR")
     )

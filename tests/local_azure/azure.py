@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
+from local_azure.batch_resources import BatchJobs
 from local_azure.front_door import FrontDoor
 from local_azure.online_resources import OnlineResources
 from local_azure.resource_manager import ResourceManager
@@ -51,6 +52,7 @@ class LocalAzure:
         self.storage = Storage(self.root / "storage")
         self.online = OnlineResources(self.root, self.storage, insights)
         self.manager = ResourceManager(self.url, self.online)
+        self.batch = BatchJobs(self.url, self.root, self.manager, self.online)
         self._server = uvicorn.Server(self._config())
         self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),), name="azure on the desk")
 
@@ -107,6 +109,7 @@ class LocalAzure:
             app.router.routes[:0] = door.routes  # its client belongs to this event loop
             yield
             await door.close()
+            await self.batch.close()
             await self.online.close()
 
         routes = [
@@ -114,6 +117,7 @@ class LocalAzure:
             Route("/identity/token", self._identity),
             Route("/telemetry/{path:path}", self._telemetry, methods=["POST"]),
             *self.storage.routes,
+            *self.batch.routes,
             Mount("/", self._manager),
         ]
         app = Starlette(routes=routes, lifespan=lifespan)

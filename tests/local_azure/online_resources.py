@@ -66,12 +66,12 @@ class OnlineResources:
         """Check a deployment and find its parts; raises Refused for what Azure would refuse at once."""
         _check_name(name)
         endpoint, spec = self.endpoint(endpoint_name), read_spec(body)
-        code = self._code(spec, resources)
+        code = self.code(spec.code_id, resources)
         if not (code / spec.scoring_script).is_file():
             raise Refused(400, "BadArgument", f"the code has no file {spec.scoring_script!r}")
         if spec.environment_id and spec.environment_id.lower() not in resources:
             raise Refused(404, "ResourceNotFound", f"there is no environment {spec.environment_id!r}")
-        model = self._model(spec, resources)
+        model = self.model(spec.model_id, resources)
         instances = []
         for _ in range(spec.n_instances):
             self._n_instances += 1
@@ -107,25 +107,26 @@ class OnlineResources:
     async def close(self) -> None:
         await asyncio.gather(*(self.delete_endpoint(name) for name in list(self.endpoints)))
 
-    def _code(self, spec: Spec, resources: Mapping[str, dict[str, Any]]) -> Path:
-        resource = resources.get(spec.code_id.lower())
+    def code(self, code_id: str, resources: Mapping[str, dict[str, Any]]) -> Path:
+        """Return the folder of an uploaded code asset."""
+        resource = resources.get(code_id.lower())
         if resource is None:
-            raise Refused(404, "ResourceNotFound", f"there is no code asset {spec.code_id!r}")
+            raise Refused(404, "ResourceNotFound", f"there is no code asset {code_id!r}")
         _, _, path = resource["properties"]["codeUri"].partition("/storage/")
         container, _, folder = path.partition("/")[2].partition("/")  # after the account
         return self.storage.folder(container, folder)
 
-    def _model(self, spec: Spec, resources: Mapping[str, dict[str, Any]]) -> Path | None:
+    def model(self, model_id: str, resources: Mapping[str, dict[str, Any]]) -> Path | None:
         """Return the folder or file of the model, or None; its URI is azureml://…/datastores/NAME/paths/PATH."""
-        if not spec.model_id:
+        if not model_id:
             return None
-        resource = resources.get(spec.model_id.lower())
+        resource = resources.get(model_id.lower())
         if resource is None:
-            raise Refused(404, "ResourceNotFound", f"there is no model {spec.model_id!r}")
+            raise Refused(404, "ResourceNotFound", f"there is no model {model_id!r}")
         found = search(r"/paths/(.+)$", resource["properties"].get("modelUri") or "")
         path = self.storage.folder("workspace", found[1].rstrip("/")) if found else None
         if path is None or not path.exists():
-            raise Refused(400, "BadArgument", f"nothing was uploaded for model {spec.model_id!r}")
+            raise Refused(400, "BadArgument", f"nothing was uploaded for model {model_id!r}")
         return path
 
 

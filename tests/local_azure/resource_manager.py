@@ -72,6 +72,8 @@ class ResourceManager:
         for path in (batch, batch + "/deployments/{name}"):
             add("PUT", path, self.put_batch)
             add("DELETE", path, self.delete_batch)
+        add("GET", "/jobs/{name}", self.get)
+        add("GET", "/computes/{name}", self.compute)
         for path in (online, batch):
             add("GET", path.rpartition("/")[0], self.list_all)
             add("GET", path, self.get)
@@ -259,7 +261,7 @@ class ResourceManager:
         self.resources[resource["id"].lower()] = resource
         return JSONResponse(resource, 201)
 
-    # Batch: kept as they come; nothing runs behind them yet -----------------------------------------------------------
+    # Batch: kept as they come; batch_resources.py runs jobs -----------------------------------------------------------
 
     async def put_batch(self, request: Request) -> Response:
         body, known = await request.json(), self.resources.get(_id(request).lower())
@@ -269,6 +271,10 @@ class ResourceManager:
         resource = _resource(request, properties, body)
         self.resources[resource["id"].lower()] = resource
         return self._accepted(resource, 200 if known else 201, asyncio.sleep(0))
+
+    async def compute(self, request: Request) -> Response:
+        """Any cluster exists."""
+        return JSONResponse(_resource(request, {"computeType": "AmlCompute", "provisioningState": "Succeeded"}))
 
     async def delete_batch(self, request: Request) -> Response:
         id_ = self._find(_id(request))["id"].lower()

@@ -1,0 +1,130 @@
+"""Input files: what a name says, where the results go, bytes in bounded pieces whatever the file holds."""
+
+import gzip
+import hashlib
+import io
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import TracebackType
+from typing import IO, cast
+
+from mptserve.errors import BadFile
+
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
+BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file to score. `name`: its path below the input folder, with slashes; what the results call it."""
+
+    path: Path
+    name: str
+
+    @property
+    def format(self) -> str:
+        """Return the suffix that decides how it is read; raises BadFile when no reader knows it."""
+        suffixes = [s.lower() for s in PurePosixPath(self.name).suffixes]
+        if suffixes[-1:] == [".gz"] and suffixes[-2:] != [".parquet", ".gz"]:
+            suffixes.pop()
+        if suffixes and suffixes[-1] in FORMATS:
+            return suffixes[-1]
+        raise BadFile(
+            f"the name must end in one of {', '.join(FORMATS)}, text formats also with .gz", code="unknown_format"
+        )
+
+
+def input_file(path: str | Path, root: Path | None = None) -> InputFile:
+    """Return the file with its name below `root`.
+
+    root None: Azure gives absolute paths below its mount of the job's input, a folder called INPUT_…, which has another
+    parent in every job. Elsewhere a digest of the folder keeps equal names of several folders apart.
+    """
+    path = Path(path).absolute()
+    if root is not None and path.is_relative_to(root.absolute()) and path != root.absolute():
+        return InputFile(path, _writable(path.relative_to(root.absolute()).as_posix()))
+    mounts = [i for i, part in enumerate(path.parts[:-1]) if part.startswith("INPUT_")]
+    if root is None and mounts:
+        return InputFile(path, _writable("/".join(path.parts[mounts[-1] + 1 :])))
+    digest = hashlib.blake2b(str(path.parent).encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()
+    return InputFile(path, _writable(f"{digest}/{path.name}"))
+
+
+def _writable(name: str) -> str:
+    """Names on disk are bytes; those that are no UTF-8 could not be written into a result."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def digest(path: Path) -> str:
+    """Return a digest of the content: what decides whether results still belong to the file."""
+    found = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest()
+
+
+class Source:
+    """An open input file; a context manager. `line`: the number, from 1, of the line that was read last."""
+
+    def __init__(self, path: Path) -> None:
+        """Open it; raises BadFile when that is impossible."""
+        self.path, self.line = path, 0
+        try:
+            self.size = path.stat().st_size
+            self._raw = path.open("rb")
+        except OSError as exc:
+            raise BadFile(f"the file cannot be opened: {exc.strerror}", code="unreadable_file") from exc
+        self.stream: IO[bytes] = self._raw
+        if path.suffix.lower() == ".gz":
+            unzipped = gzip.GzipFile(fileobj=self._raw)
+            self.stream = cast(IO[bytes], io.BufferedReader(unzipped, 1 << 16))
+
+    def __enter__(self) -> "Source":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._raw.close()
+
+    @property
+    def position(self) -> int:
+        """Return how many bytes of the file, compressed or not, were read."""
+        return self.size if self._raw.closed else min(self._raw.tell(), self.size)
+
+    def lines(self, limit: int) -> Iterator[bytes | None]:
+        """Yield lines without their ends; None for one of more than `limit` bytes, which is read past.
+
+        Raises BadFile where the file is in UTF-16 or its compressed data break off.
+        """
+        first = True
+        while line := self.read(limit + 2, whole_line=True):
+            self.line += 1
+            if first:
+                refuse_utf16(line)
+                line, first = line.removeprefix(b"\xef\xbb\xbf"), False
+            if line.endswith(b"\n") or len(line) <= limit:
+                yield line.removesuffix(b"\n").removesuffix(b"\r")
+                continue
+            while line and not line.endswith(b"\n"):
+                line = self.read(limit + 2, whole_line=True)
+            yield None
+
+    def read(self, n: int, whole_line: bool = False) -> bytes:
+        """Return up to `n` bytes, or up to the end of the line; empty at the end of the file."""
+        try:
+            return self.stream.readline(n) if whole_line else self.stream.read(n)
+        except BROKEN_GZIP as exc:
+            raise BadFile(
+                f"the gzip data are cut short or damaged after line {self.line}", code="truncated_file", line=self.line
+            ) from exc
+        except OSError as exc:
+            raise BadFile(f"reading failed: {exc.strerror}", code="unreadable_file", line=self.line) from exc
+
+
+def refuse_utf16(start: bytes) -> None:
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BadFile("the file must be UTF-8; it starts with the mark of UTF-16", code="invalid_encoding", line=1)

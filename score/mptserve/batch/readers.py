@@ -1,0 +1,338 @@
+"""Files to rows: one reader for each format, each in bounded memory, each going on after a bad row where it can."""
+
+import codecs
+import csv
+import json
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from mptserve.batch.files import InputFile, Source, refuse_utf16
+from mptserve.errors import BadFile, InvalidRequest, ScoringError, TooLarge
+
+PIECE_CHARS = 1 << 16
+PARQUET_ROWS = 256
+"""Rows of a parquet file that are in memory at a time, beside the pages they stand in."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a file: `value` is a prompt, or an object (columns, or a request of the online door).
+
+    number: from 0, among the rows.  line: from 1, where it begins in the file; None in parquet.  error: why there is
+    no value.  text_cells: the value came from text without types.
+    """
+
+    number: int
+    line: int | None
+    value: Any = None
+    error: ScoringError | None = None
+    text_cells: bool = False
+
+
+Columns = Callable[[list[str]], list[str]]
+"""Takes a table's columns, returns those to read; raises BadFile when they cannot be rows."""
+Expand = Callable[[dict[str, Any]], list[Any]]
+"""Takes a whole request of the online door and returns a row's value for each of its prompts."""
+
+
+def read_rows(
+    file: InputFile, source: Source, limit: int, columns: Columns, expand: Expand
+) -> Generator[Row, None, None]:
+    """Yield the rows of a file; raises BadFile where it cannot be read on.
+
+    limit: bytes of one row.
+    """
+    match file.format:
+        case ".jsonl" | ".ndjson":
+            yield from _json_lines(source, limit)
+        case ".json":
+            yield from _json_document(source, limit, expand)
+        case ".csv":
+            yield from _table(source, ",", limit, columns)
+        case ".tsv":
+            yield from _table(source, "\t", limit, columns)
+        case ".txt":
+            yield from _plain_lines(source, limit)
+        case _:
+            yield from _parquet(source, columns)
+
+
+def too_long(limit: int) -> TooLarge:
+    return TooLarge(f"a row must have at most {limit} bytes", code="row_too_large")
+
+
+# Lines ---------------------------------------------------------------------------------------------------------------
+
+
+def _plain_lines(source: Source, limit: int) -> Iterator[Row]:
+    """A prompt a line; empty lines are no rows."""
+    number = 0
+    for line in source.lines(limit):
+        if line is not None and not line.strip():
+            continue
+        try:
+            yield Row(number, source.line, _decoded(line, limit))
+        except ScoringError as exc:
+            yield Row(number, source.line, error=exc)
+        number += 1
+
+
+def _json_lines(source: Source, limit: int) -> Iterator[Row]:
+    number = 0
+    for line in source.lines(limit):
+        if line is not None and not line.strip():
+            continue
+        try:
+            yield Row(number, source.line, _json(_decoded(line, limit)))
+        except ScoringError as exc:
+            yield Row(number, source.line, error=exc)
+        number += 1
+
+
+def _decoded(line: bytes | None, limit: int) -> str:
+    if line is None:
+        raise too_long(limit)
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        raise InvalidRequest(f"the row must be UTF-8; byte {exc.start} is not", code="invalid_encoding") from exc
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise InvalidRequest("the row is nested too deeply", code="invalid_json") from None
+    except json.JSONDecodeError as exc:
+        raise InvalidRequest(f"the row must be JSON; column {exc.colno}: {exc.msg}", code="invalid_json") from exc
+    except ValueError:  # an integer of thousands of digits
+        raise InvalidRequest("the row holds a number that is too long", code="invalid_json") from None
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise InvalidRequest(f"the row must be JSON, which has no {name}", code="invalid_json")
+
+
+# A JSON document -----------------------------------------------------------------------------------------------------
+
+
+class _Text:
+    """The text of a document, a window of it in memory. `at`: where the next value is expected; `line`: its line."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self.text, self.at, self.line, self.ended = source, "", 0, 1, False
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="strict")
+
+    def more(self, n: int = PIECE_CHARS) -> None:
+        """Read on, and forget what was passed."""
+        self.text, self.at = self.text[self.at :], 0
+        piece = self._source.read(n)
+        if not self.text and self.line == 1:
+            refuse_utf16(piece)
+        self.ended = not piece
+        try:
+            self.text += self._decoder.decode(piece, final=self.ended)
+        except UnicodeDecodeError as exc:
+            line = self.line + self.text.count("\n")
+            raise BadFile(
+                f"the file must be UTF-8; it is not, near line {line}", code="invalid_encoding", line=line
+            ) from exc
+
+    def peek(self) -> str:
+        """Return the next character that is no white space, empty at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
+                self.line += self.text[self.at] == "\n"
+                self.at += 1
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at : self.at + 1]
+            self.more()
+
+    def value(self, limit: int) -> Any:
+        """Return the JSON value that begins here and step over it; raises BadFile if there is none."""
+        decoder = json.JSONDecoder(parse_constant=str)  # NaN: a string, which no number may be
+        while True:
+            try:
+                value, end = decoder.raw_decode(self.text, self.at)
+                if end < len(self.text) or self.ended:  # otherwise a number may go on
+                    break
+            except RecursionError:
+                raise self.bad("a row is nested too deeply") from None
+            except ValueError as exc:
+                if self.ended:
+                    raise self.bad("the file ends, or breaks the rules of JSON, in the row that begins here") from exc
+            if len(self.text) - self.at > limit:
+                raise self.bad(f"no row of at most {limit} bytes can be read here")
+            self.more(max(len(self.text) - self.at, PIECE_CHARS))
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+        return value
+
+    def bad(self, why: str) -> BadFile:
+        return BadFile(f"line {self.line}: {why}", code="invalid_json", line=self.line)
+
+
+def _json_document(source: Source, limit: int, expand: Expand) -> Iterator[Row]:
+    """An array of rows, or one request of the online door, each of whose prompts is a row.
+
+    Nothing can be read behind a broken row: unlike lines, an array has no place to begin again.
+    """
+    text = _Text(source)
+    opening = text.peek()
+    if opening == "{":
+        line, value = text.line, text.value(limit)
+        if text.peek():
+            raise text.bad("more follows the object; a line each belongs into .jsonl")
+        try:
+            rows = expand(value)
+        except InvalidRequest as exc:
+            raise BadFile(exc.message, code=exc.code, line=1) from exc
+        for number, row in enumerate(rows):
+            yield Row(number, line, row)
+        return
+    if opening != "[":
+        raise text.bad("a .json file must hold an array of rows, or one request")
+    text.at += 1
+    number = 0
+    while (next_is := text.peek()) != "]":
+        if number:
+            if next_is != ",":
+                raise text.bad("a comma or the end of the array is missing")
+            text.at += 1
+            text.peek()
+        line = text.line
+        yield Row(number, line, text.value(limit))
+        number += 1
+    text.at += 1
+    if text.peek():
+        raise text.bad("more follows the array")
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+class _TableLines:
+    """Lines for csv.reader, which asks for as many as a record takes. `record`: those of the present one."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self._source, self._limit = source, limit
+        self._lines = source.lines(limit)
+        self._again: list[tuple[int, str]] = []
+        self.record: list[tuple[int, str]] = []
+        self._chars = 0
+
+    def __iter__(self) -> "_TableLines":
+        return self
+
+    def __next__(self) -> str:
+        if self._again:
+            number, text = self._again.pop()
+        else:
+            line = next(self._lines)
+            number = self._source.line
+            # bytes that are no UTF-8 become surrogates, so that only their own row fails
+            text = "\0" if line is None else line.decode("utf-8", "surrogateescape") + "\n"
+        self.record.append((number, text))
+        self._chars += len(text)
+        if text == "\0" or self._chars > self._limit:
+            raise too_long(self._limit)
+        return text
+
+    def begin(self) -> None:
+        """Forget the last record."""
+        self.record, self._chars = [], 0
+
+    def rewind(self) -> None:
+        """Give all lines but the first of the record once more: a stray quote must cost one row, not the rest."""
+        self._again += reversed(self.record[1:])
+
+
+def _table(source: Source, delimiter: str, limit: int, columns: Columns) -> Iterator[Row]:
+    """Quoted as RFC 4180 says, with a header; empty lines are no rows."""
+    csv.field_size_limit(limit)  # of the whole process: the default is less than a long prompt
+    lines = _TableLines(source, limit)
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
+    header = _header(reader, lines)
+    wanted = set(columns(header))
+    number = 0
+    while True:
+        lines.begin()
+        try:
+            cells = next(reader)
+            if not cells:
+                continue
+            value = _cells(header, cells, wanted)
+        except StopIteration:
+            return
+        except (csv.Error, ScoringError) as exc:
+            error = InvalidRequest(f"the row breaks the rules of CSV: {exc}", code="invalid_csv")
+            lines.rewind()
+            yield Row(number, lines.record[0][0], error=exc if isinstance(exc, ScoringError) else error)
+        else:
+            yield Row(number, lines.record[0][0], value, text_cells=True)
+        number += 1
+
+
+def _header(reader: Iterator[list[str]], lines: _TableLines) -> list[str]:
+    header: list[str] = []
+    try:
+        while not header:
+            lines.begin()
+            header = next(reader)
+    except StopIteration:
+        raise BadFile(
+            "the file is empty; its first line must name the columns", code="missing_column", line=1
+        ) from None
+    except (csv.Error, TooLarge) as exc:
+        raise BadFile(f"the line of column names cannot be read: {exc}", code="invalid_csv", line=1) from exc
+    names = [name.strip() for name in header]
+    if len(set(names)) < len(names):
+        raise BadFile("a column name stands twice in the first line", code="invalid_csv", line=1)
+    return names
+
+
+def _cells(header: list[str], cells: list[str], wanted: set[str]) -> dict[str, str]:
+    if len(cells) != len(header):
+        raise InvalidRequest(f"the row must have {len(header)} cells, got {len(cells)}", code="wrong_length")
+    value = {name: cell for name, cell in zip(header, cells, strict=True) if name in wanted}
+    for name, cell in value.items():
+        if not cell.isascii() and any(0xDC80 <= ord(c) <= 0xDCFF for c in cell):
+            raise InvalidRequest(f"`/{name}` must be UTF-8", field=f"/{name}", code="invalid_encoding")
+    return value
+
+
+def _parquet(source: Source, columns: Columns) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as exc:
+        raise BadFile("parquet needs pyarrow: pip install 'mptserve[batch]'", code="missing_package") from exc
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(source.stream, pre_buffer=False) as file:
+            wanted = columns(file.schema_arrow.names)
+            for batch in file.iter_batches(PARQUET_ROWS, columns=wanted, use_threads=False):
+                for row in _batch_rows(batch, number):
+                    yield row
+                    number += 1
+    except (pyarrow.ArrowException, OSError, ValueError) as exc:
+        raise BadFile(f"this is no whole parquet file; row {number} cannot be read", code="invalid_parquet") from exc
+
+
+def _batch_rows(batch: Any, number: int) -> Iterator[Row]:
+    try:
+        values = batch.to_pylist()
+    except UnicodeDecodeError:  # of one cell, and it does not say of which
+        yield from (_single_row(batch.slice(i, 1), number + i) for i in range(batch.num_rows))
+    else:
+        yield from (Row(number + i, None, value) for i, value in enumerate(values))
+
+
+def _single_row(batch: Any, number: int) -> Row:
+    try:
+        (value,) = batch.to_pylist()
+        return Row(number, None, value)
+    except UnicodeDecodeError:
+        error = InvalidRequest("the row holds a string that is not UTF-8", code="invalid_encoding")
+        return Row(number, None, error=error)

@@ -1,0 +1,126 @@
+"""A big file to shards, so that several nodes have work: the platform deals out files, never rows.
+
+Rows are copied as they are, broken ones too, so scoring the shards says of them what scoring the file would have said.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from mptserve.batch.files import InputFile, Source
+from mptserve.batch.readers import read_rows
+from mptserve.errors import BadFile
+
+ROW_BYTES = 100_000_000
+"""Most of one row; only what is read as a whole must end somewhere."""
+
+
+def split(path: Path, output_dir: Path, rows_per_shard: int) -> list[Path]:
+    """Write shards of `path` and return them; none is half written under its name. Raises BadFile.
+
+    Tables keep their header in each shard, parquet its schema, gzip stays gzip; an array (.json) becomes .jsonl.
+    """
+    file = InputFile(path, path.name)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if file.format == ".parquet":
+        return _split_parquet(path, output_dir, rows_per_shard)
+    with Source(path) as source:
+        suffix, header, rows = _raw_rows(file, source)
+        zipped = path.suffix.lower() == ".gz"
+        name = path.name.removesuffix(".gz").rsplit(".", 1)[0]
+        namer = _Namer(output_dir, name, suffix + (".gz" if zipped else ""))
+        return _write_shards(rows, header, rows_per_shard, namer, gzip.open if zipped else open)
+
+
+class _Namer:
+    """The paths of shards: numbered, so that they sort."""
+
+    def __init__(self, folder: Path, name: str, suffix: str) -> None:
+        self._folder, self._name, self._suffix, self.n = folder, name, suffix, 0
+
+    def next(self) -> Path:
+        self.n += 1
+        return self._folder / f"{self._name}-{self.n:05}{self._suffix}"
+
+
+def _raw_rows(file: InputFile, source: Source) -> tuple[str, bytes, Iterator[bytes]]:
+    """Return (the shards' suffix, what each begins with, the rows as bytes)."""
+    if file.format == ".json":
+        rows = read_rows(file, source, ROW_BYTES, lambda names: names, lambda value: [value])
+        return ".jsonl", b"", (json.dumps(row.value, ensure_ascii=False).encode() + b"\n" for row in rows)
+    if file.format in (".csv", ".tsv"):
+        records = _records(source, "," if file.format == ".csv" else "\t")
+        return file.format, next(records, b""), records
+    return file.format, b"", (_whole(line) + b"\n" for line in source.lines(ROW_BYTES) if line is None or line.strip())
+
+
+def _whole(line: bytes | None) -> bytes:
+    if line is None:
+        raise BadFile(f"a row has more than {ROW_BYTES} bytes", code="row_too_large")
+    return line
+
+
+def _records(source: Source, delimiter: str) -> Iterator[bytes]:
+    """Yield a table's records as the bytes that they are, quoted line breaks and all."""
+    taken: list[bytes] = []
+
+    def lines() -> Iterator[str]:
+        for line in source.lines(ROW_BYTES):
+            taken.append(_whole(line) + b"\n")
+            yield taken[-1].decode("utf-8", "surrogateescape")
+
+    csv.field_size_limit(ROW_BYTES)
+    for cells in csv.reader(lines(), delimiter=delimiter):  # not strict: what is wrong is for scoring to say
+        if cells:
+            yield b"".join(taken)
+        taken.clear()
+
+
+def _write_shards(
+    rows: Iterable[bytes], header: bytes, rows_per_shard: int, namer: _Namer, opener: Callable[..., Any]
+) -> list[Path]:
+    done: list[Path] = []
+    n = rows_per_shard
+    with ExitStack() as shard:
+        file: IO[bytes] | None = None
+        for row in rows:
+            if n == rows_per_shard:
+                shard.close()
+                path, n = namer.next(), 0
+                beside = path.with_name(f".{path.name}.tmp")
+                shard.callback(_place, beside, path, done)
+                file = shard.enter_context(opener(beside, "wb"))
+                file.write(header)
+            assert file is not None
+            file.write(row)
+            n += 1
+    return done
+
+
+def _place(beside: Path, path: Path, done: list[Path]) -> None:
+    beside.replace(path)
+    done.append(path)
+
+
+def _split_parquet(path: Path, output_dir: Path, rows_per_shard: int) -> list[Path]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as exc:
+        raise BadFile("parquet needs pyarrow: pip install 'mptserve[batch]'", code="missing_package") from exc
+    namer, done = _Namer(output_dir, path.stem, ".parquet"), list[Path]()
+    try:
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
+            # batches end with row groups, so a shard may hold fewer rows than asked for, never more
+            for batch in file.iter_batches(rows_per_shard, use_threads=False):
+                shard = namer.next()
+                beside = shard.with_name(f".{shard.name}.tmp")
+                pyarrow.parquet.write_table(pyarrow.Table.from_batches([batch]), beside)
+                _place(beside, shard, done)
+    except (pyarrow.ArrowException, OSError, ValueError) as exc:
+        raise BadFile("this is no whole parquet file", code="invalid_parquet") from exc
+    return done

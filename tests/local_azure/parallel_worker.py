@@ -1,0 +1,65 @@
+"""One process of the parallel driver: loads the scoring script by its path, then does what standard input says.
+
+    python parallel_worker.py REPLY_FD SCRIPT [further arguments, as Azure's driver adds some]
+
+A line of JSON in, a line of JSON out on a descriptor of its own, so that the script may print what it likes.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from typing import Any
+
+
+def main() -> None:
+    reply = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
+
+    def say(**message: Any) -> None:
+        reply.write(json.dumps(message) + "\n")
+        reply.flush()
+
+    try:
+        script = load(sys.argv[2])
+        script.init()
+    except BaseException as exc:
+        traceback.print_exc()
+        say(error=f"init() failed: {type(exc).__name__}: {exc}")
+        return
+    say(ready=True)
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["do"] == "shutdown":
+            getattr(script, "shutdown", lambda: None)()
+            say(done=True)
+            return
+        try:
+            say(rows=returned(script.run(command["files"])))
+        except Exception as exc:
+            traceback.print_exc()
+            say(error=f"run() failed: {type(exc).__name__}: {exc}")
+
+
+def load(path: str) -> Any:
+    """Return the script as a module that is not in sys.modules, as Azure's hosts load it."""
+    spec = importlib.util.spec_from_file_location("scoring_script", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def returned(value: Any) -> list[str]:
+    """Return a line of the output file for each item: a list's as str() says, a data frame's cells between spaces."""
+    if hasattr(value, "to_csv"):
+        text: str = value.to_csv(sep=" ", header=False, index=False)
+        return text.splitlines()
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"run() must return a list or a pandas DataFrame, got {type(value).__name__}")
+    return [str(item) for item in value]
+
+
+if __name__ == "__main__":
+    main()
