@@ -1,5 +1,6 @@
 """Fixtures of more than one test file."""
 
+import logging
 import os
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,17 @@ from insights import Ingestion
 from mptserve.service import Service
 from mptserve.settings import read_settings
 from serving import MODEL_DIR, QUEUE_LIMIT, LoggedServer
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """Commands that run inside a test set logging up for the whole process."""
+    loggers = [logging.getLogger(name) for name in ("mptserve", "uvicorn", "uvicorn.error")]
+    before = [(logger.handlers[:], logger.level, logger.propagate) for logger in loggers]
+    yield
+    for logger, (handlers, level, propagate) in zip(loggers, before, strict=True):
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -276,7 +276,7 @@ class _FailsFor:
     """A runner that raises whenever a sequence with this first token is in the step."""
 
     def __init__(self, engine: MPTEngine, token: int, error: Exception) -> None:
-        self._step, self._token, self._error = engine.runner.step, token, error
+        self._step, self._token, self._error = engine.runner.launch, token, error
 
     def __call__(self, decodes: Any, chunks: Any) -> Any:
         if any(s.prompt[0] == self._token for s in [*decodes, *(c.seq for c in chunks)]):
@@ -288,7 +288,7 @@ def test_a_failing_step_fails_only_the_sequence_at_fault(tiny: Tiny, monkeypatch
     good = [random_ids(20, seed=i) for i in range(6)]
     engine = make_engine(tiny.model)
     expected = [generate(engine, prompt, **sampled(i)) for i, prompt in enumerate(good)]
-    monkeypatch.setattr(engine.runner, "step", _FailsFor(engine, 127, RuntimeError("planted")))
+    monkeypatch.setattr(engine.runner, "launch", _FailsFor(engine, 127, RuntimeError("planted")))
     jobs = [Job(prompt, SamplingParams(**sampled(i))) for i, prompt in enumerate(good)]
     running = engine.submit_all([*jobs[:3], Job([127, 5], SamplingParams(**sampled(9))), *jobs[3:]])
     with pytest.raises(GenerationFailed, match="computing this sequence failed"):
@@ -302,7 +302,7 @@ def test_a_failing_step_fails_only_the_sequence_at_fault(tiny: Tiny, monkeypatch
 def test_a_lost_device_stops_the_engine_with_a_reason(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     told = queue.SimpleQueue[str]()
     engine = make_engine(tiny.model, on_failure=told.put)
-    monkeypatch.setattr(engine.runner, "step", _FailsFor(engine, 127, torch.AcceleratorError("device is gone")))
+    monkeypatch.setattr(engine.runner, "launch", _FailsFor(engine, 127, torch.AcceleratorError("device is gone")))
     running = engine.submit_all([Job([127], SamplingParams()), Job([5], SamplingParams())])
     for generation in running:
         with pytest.raises(GenerationFailed, match="stopped in the middle"):

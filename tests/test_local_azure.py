@@ -210,8 +210,8 @@ def test_blobs_come_back_as_they_went_in_also_in_blocks(desk: Desk) -> None:
 
 
 def test_calls_that_the_desk_does_not_know_say_so(desk: Desk) -> None:
-    with pytest.raises(ResourceNotFoundError, match=r"Azure on the desk does not know GET \S+/computes/gpu"):
-        desk.client.compute.get("gpu")
+    with pytest.raises(ResourceNotFoundError, match=r"Azure on the desk does not know GET \S+/schedules/nightly"):
+        desk.client.schedules.get("nightly")
 
 
 def test_batch_endpoints_are_kept(desk: Desk) -> None:

@@ -24,6 +24,7 @@ NOT_IN_A_SCHEMA = [
     "`stop` and `stop_sequences` are the same; give one",
     "`logprobs` are part of the details; ask for `details` too",
     " is half of a surrogate pair",
+    "`chat_template` is for messages",
 ]
 PROPERTY = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
@@ -104,6 +105,7 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
         if PARSER.rules[name].get("x-per-prompt"):
             value |= st.lists(value, min_size=n, max_size=n)
         parameters[name] = draw(value | st.none())
+    parameters.pop("chat_template", None)  # for messages, and these are texts
     if parameters.get("stop") is not None:
         parameters.pop("stop_sequences", None)
     if parameters.get("logprobs") is not None:
