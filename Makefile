@@ -32,10 +32,10 @@ openai: install ## Serve OpenAI's API, /score and a page to play on
 	@AZUREML_MODEL_DIR="$${AZUREML_MODEL_DIR:-samples/mpt-8m}" $(BIN)/python score/openai_app.py --port $(OPENAI_PORT)
 
 test: install ## The fast tests: CPU, offline
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: install ## The slow ones too
-	@$(BIN)/python -m pytest -m 'not gpu and not azure'
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu and not azure'
 
 check: install ## Format check, lint, types, generated docs up to date
 	@$(BIN)/ruff format --check .

@@ -57,6 +57,7 @@ def test_sequences_that_make_room_for_each_other_equal_undisturbed_ones(tiny: Ti
     assert engine.stats().preemptions > 0
 
 
+@pytest.mark.slow
 def test_a_preempted_sequence_that_finds_its_prefix_again_is_undisturbed(tiny: Tiny) -> None:
     """It comes back with blocks in other places, some of them computed already."""
     jobs = [job(40, seed, max_new_tokens=n, temperature=0.7) for seed, n in ((1, 30), (2, 30))]
