@@ -4,31 +4,36 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5001
 OPENAI_PORT ?= 8451
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -c constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help install demo serve openai azure-local test test-all check check-specs format bench clean
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
-install: $(VENV)/.installed ## Make .venv with the pins of conda.yaml and the development tools
+install: $(VENV)/.developed ## Make .venv with the pins of conda.yaml and constraints.txt, development tools and all
 $(VENV)/.installed: pyproject.toml conda.yaml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed: make PYTHON=python3.11 ...")'
 	@echo "installing into $(VENV) (PyTorch is the large part; later runs skip this)"
 	@$(PYTHON) -m venv $(VENV)
 	@sed -n 's/^ *- \([A-Za-z0-9._-]*==[^ ]*\).*$$/\1/p' conda.yaml > $(VENV)/constraints.txt
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -c constraints.txt -e '.[dev]'
+	@$(PIP) -e '.[openai]'
+	@touch $@
+$(VENV)/.developed: $(VENV)/.installed
+	@echo "installing what development needs: Azure's SDK, Ray, notebooks, clients, linters"
+	@$(PIP) -e '.[dev]'
 	@touch $@
 
-demo: install ## Start Azure's server on the embedded model, post the sample request, print the answer, stop
+demo: $(VENV)/.installed ## Start Azure's server on the embedded model, post the sample request, print the answer, stop
 	@$(BIN)/mptserve demo --port $(PORT)
 
-serve: install ## Keep the server running; AZUREML_MODEL_DIR=/models/mpt-7b serves your own model
+serve: $(VENV)/.installed ## Keep the server running; AZUREML_MODEL_DIR=/models/mpt-7b serves your own model
 	@$(BIN)/mptserve serve --port $(PORT)
 
 azure-local: install ## Azure ML on this machine, for the SDK and the notebooks: prints what to paste into a notebook
 	@PYTHONPATH=score:tests $(BIN)/python -m local_azure
 
-openai: install ## Serve OpenAI's API, /score and a page to play on
+openai: $(VENV)/.installed ## Serve OpenAI's API, /score and a page to play on
 	@AZUREML_MODEL_DIR="$${AZUREML_MODEL_DIR:-samples/mpt-8m}" $(BIN)/python score/openai_app.py --port $(OPENAI_PORT)
 
 test: install ## The fast tests: CPU, offline
@@ -51,7 +56,7 @@ format: install ## Reformat, fix what lint can, refresh generated docs
 	@$(BIN)/ruff format .
 	@$(BIN)/python -m mptserve.docs README.md
 
-bench: install ## Measure this machine: our engine beside transformers, the server under load; ARGS=--quick for a minute
+bench: $(VENV)/.installed ## Measure this machine: our engine beside transformers, the server under load; ARGS=--quick for a minute
 	@$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 clean: ## Remove what make made
