@@ -117,7 +117,10 @@ def exchange(
 ) -> Reply:
     """Return the answer to one request on an open connection, which stays open where the server lets it."""
     connection.request(method, path, None if body is None else encoded(body), dict(headers or {}))
-    response = connection.getresponse()
+    return reply(connection.getresponse())
+
+
+def reply(response: http.client.HTTPResponse) -> Reply:
     return Reply(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
 
 
