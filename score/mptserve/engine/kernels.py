@@ -317,9 +317,9 @@ class KernelCache:
     slopes: Tensor
     scale: float
 
-    def _shape(self) -> dict[str, Any]:
+    def __post_init__(self) -> None:
         _, _, heads, _, head_dim = self.kv.shape
-        return {
+        self._shape = {
             "half": self.kv.stride(0) // head_dim,
             "n_heads": heads,
             "D": head_dim,
@@ -332,7 +332,7 @@ class KernelCache:
         """Store kv [N, 2, H, D] of tokens at `positions` [N] of `lanes` [N], both int32."""
         n, _, heads, _ = kv.shape
         _write_kv[(n, heads)](
-            kv, self.kv, self.scales, self.kmax, self.table, lanes, positions, kv_stride=kv.stride(0), **self._shape()
+            kv, self.kv, self.scales, self.kmax, self.table, lanes, positions, kv_stride=kv.stride(0), **self._shape
         )
 
     def decode(self, q: Tensor, kv: Tensor, rows: Tensor, positions: Tensor, parts: "Parts", out: Tensor) -> None:
@@ -361,7 +361,7 @@ class KernelCache:
             SPLITS=splits,
             KEYS=64,
             num_warps=4,
-            **self._shape(),
+            **self._shape,
         )
         _combine[(n, heads)](
             parts.out,
@@ -370,7 +370,7 @@ class KernelCache:
             out,
             heads,
             D=head_dim,
-            DP=self._shape()["DP"],
+            DP=self._shape["DP"],
             SPLITS=splits,
             num_warps=4,
         )
@@ -399,7 +399,7 @@ class KernelCache:
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=8,
             num_stages=2,
-            **self._shape(),
+            **self._shape,
         )
 
 
@@ -432,6 +432,61 @@ def _erf_gelu(x):
 
 
 @triton.jit
+def _moments(x, m, m_mask, x_stride, eps, K: tl.constexpr, ROWS: tl.constexpr, IN: tl.constexpr):
+    """Return mean and 1 / standard deviation of each row, [ROWS], in two passes over x."""
+    k = tl.arange(0, IN)
+    total = tl.zeros([ROWS, IN], tl.float32)
+    for i in range(0, K, IN):
+        at = m_mask[:, None] & (i + k < K)[None, :]
+        total += tl.load(x + m[:, None] * x_stride + (i + k)[None, :], mask=at, other=0.0).to(tl.float32)
+    mean = tl.sum(total, 1) / K
+    squares = tl.zeros([ROWS, IN], tl.float32)
+    for i in range(0, K, IN):
+        at = m_mask[:, None] & (i + k < K)[None, :]
+        part = tl.load(x + m[:, None] * x_stride + (i + k)[None, :], mask=at, other=0.0).to(tl.float32)
+        part = tl.where(at, part - mean[:, None], 0.0)
+        squares += part * part
+    return mean, 1.0 / tl.sqrt(tl.sum(squares, 1) / K + eps)
+
+
+@triton.jit
+def _normed(part, at, gamma, beta, mean, inverse, mask, dtype: tl.constexpr, NORM_BIAS: tl.constexpr):
+    """Return part [ROWS, n] of the inputs after LayerNorm, rounded as a norm of its own would round it."""
+    g = tl.load(gamma + at, mask=mask, other=0.0).to(tl.float32)
+    normed = (part.to(tl.float32) - mean[:, None]) * inverse[:, None] * g[None, :]
+    if NORM_BIAS:
+        normed += tl.load(beta + at, mask=mask, other=0.0).to(tl.float32)[None, :]
+    return normed.to(dtype)
+
+
+@triton.jit
+def _finish(
+    acc,
+    y,
+    bias,
+    residual,
+    m,
+    n,
+    m_mask,
+    n_mask,
+    n_out,
+    GELU: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):
+    """Store acc [OUT, ROWS], with what comes after the product, as y [ROWS, n_out]."""
+    if BIAS:
+        acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
+    if GELU:
+        acc = _erf_gelu(acc)
+    at = m[None, :] * n_out + n[:, None]
+    mask = n_mask[:, None] & m_mask[None, :]
+    if RESIDUAL:
+        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y + at, acc, mask=mask)
+
+
+@triton.jit
 def _linear(
     x,
     w,
@@ -461,18 +516,7 @@ def _linear(
     m, k = tl.arange(0, ROWS), tl.arange(0, IN)
     m_mask = m < n_rows
     if NORM:
-        total = tl.zeros([ROWS, IN], tl.float32)
-        for i in range(0, K, IN):
-            at = m_mask[:, None] & (i + k < K)[None, :]
-            total += tl.load(x + m[:, None] * x_stride + (i + k)[None, :], mask=at, other=0.0).to(tl.float32)
-        mean = tl.sum(total, 1) / K
-        squares = tl.zeros([ROWS, IN], tl.float32)
-        for i in range(0, K, IN):
-            at = m_mask[:, None] & (i + k < K)[None, :]
-            part = tl.load(x + m[:, None] * x_stride + (i + k)[None, :], mask=at, other=0.0).to(tl.float32)
-            part = tl.where(at, part - mean[:, None], 0.0)
-            squares += part * part
-        inverse = 1.0 / tl.sqrt(tl.sum(squares, 1) / K + eps)
+        mean, inverse = _moments(x, m, m_mask, x_stride, eps, K, ROWS, IN)
 
     if ROWS == 1:
         sums = tl.zeros([OUT, IN], tl.float32)
@@ -485,26 +529,14 @@ def _linear(
         )
         part = tl.load(x + m[:, None] * x_stride + (i + k)[None, :], mask=m_mask[:, None] & k_mask[None, :], other=0.0)
         if NORM:
-            g = tl.load(gamma + i + k, mask=k_mask, other=0.0).to(tl.float32)
-            normed = (part.to(tl.float32) - mean[:, None]) * inverse[:, None] * g[None, :]
-            if NORM_BIAS:
-                normed += tl.load(beta + i + k, mask=k_mask, other=0.0).to(tl.float32)[None, :]
-            part = normed.to(weights.dtype)  # as a norm of its own would round
+            part = _normed(part, i + k, gamma, beta, mean, inverse, k_mask, weights.dtype, NORM_BIAS)
         if ROWS == 1:
             sums += weights.to(tl.float32) * part.to(tl.float32)
         else:
             acc = _dot(weights, tl.trans(part), acc, PRECISION)
     if ROWS == 1:
         acc = tl.sum(sums, 1)[:, None]
-    if BIAS:
-        acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
-    if GELU:
-        acc = _erf_gelu(acc)
-    at = m[None, :] * n_out + n[:, None]
-    mask = n_mask[:, None] & m_mask[None, :]
-    if RESIDUAL:
-        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + at, acc, mask=mask)
+    _finish(acc, y, bias, residual, m, n, m_mask, n_mask, n_out, GELU, BIAS, RESIDUAL)
 
 
 def linear(
@@ -512,7 +544,7 @@ def linear(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    norm: tuple[Tensor, Tensor | None, float] | None = None,
+    norm: "Norm | None" = None,
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -520,16 +552,38 @@ def linear(
 
     norm: (weight, bias, eps) of a LayerNorm over K.  gelu: the erf form.
     """
+    return launch_linear(_linear, x, (weight,), len(weight), 1, bias, norm, gelu, residual)
+
+
+Norm = tuple[Tensor, Tensor | None, float]
+"""(weight, bias, eps) of a LayerNorm."""
+
+
+def launch_linear(
+    kernel: Any,
+    x: Tensor,
+    weights: tuple[Tensor, ...],
+    n_out: int,
+    values_per_step: int,
+    bias: Tensor | None,
+    norm: Norm | None,
+    gelu: bool,
+    residual: Tensor | None,
+    **constants: Any,
+) -> Tensor:
+    """Run a few-row linear kernel over x [M, K] and return y [M, n_out].
+
+    weights: its arguments behind x.  values_per_step: inputs that one element of W's tile stands for.
+    """
     n_rows, k = x.shape
-    n_out = len(weight)
     y = torch.empty(n_rows, n_out, dtype=x.dtype, device=x.device)
     rows = 1 if n_rows == 1 else 16
     gamma, beta, eps = norm or (x, None, 0.0)
     # About 500 programs, so that all multiprocessors read at once, of at least 16 rows of W for the tensor cores.
     out = 16 if n_out <= 16_384 else 32
-    _linear[(triton.cdiv(n_out, out),)](
+    kernel[(triton.cdiv(n_out, out),)](
         x,
-        weight,
+        *weights,
         y,
         x if bias is None else bias,
         x if residual is None else residual,
@@ -542,7 +596,7 @@ def linear(
         K=k,
         ROWS=rows,
         OUT=out,
-        IN=256 if rows == 1 else 128,
+        IN=(256 if rows == 1 else 128) // values_per_step,
         NORM=norm is not None,
         NORM_BIAS=beta is not None,
         GELU=gelu,
@@ -550,6 +604,7 @@ def linear(
         RESIDUAL=residual is not None,
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
         num_warps=4,
+        **constants,
     )
     return y
 
@@ -561,10 +616,12 @@ _IN_PROMPT = tl.constexpr(IN_PROMPT)
 
 
 @triton.jit
-def _logits(
-    row, counts, eos, ids, mask, barred, penalised, temperature, repetition, presence, frequency, N_EOS: tl.constexpr
-):
-    """Return the logits of `ids` after penalties and temperature, -inf where there are none."""
+def _logits(about, ids, mask, N_EOS: tl.constexpr):
+    """Return the logits of `ids` after penalties and temperature, -inf where there are none.
+
+    about: the row's pointers and parameters, in the order of the next line.
+    """
+    row, counts, eos, barred, penalised, temperature, repetition, presence, frequency = about
     x = tl.load(row + ids, mask=mask, other=-float("inf")).to(tl.float32)
     if barred:
         for e in tl.static_range(N_EOS):
@@ -594,15 +651,7 @@ def _mix(x):
 
 @triton.jit
 def _threshold(
-    row,
-    counts,
-    eos,
-    barred,
-    penalised,
-    temperature,
-    repetition,
-    presence,
-    frequency,
+    about,
     best,
     floor,
     target,
@@ -624,9 +673,7 @@ def _threshold(
         weights = tl.zeros([8], tl.float32)
         for i in range(0, V, TILE):
             ids = i + tl.arange(0, TILE)
-            x = _logits(
-                row, counts, eos, ids, ids < V, barred, penalised, temperature, repetition, presence, frequency, N_EOS
-            )
+            x = _logits(about, ids, ids < V, N_EOS)
             key = _ordered(x)
             weight = tl.exp(x - best) if MASS else tl.where(ids < V, 1.0, 0.0)
             weight = tl.where(key >= floor, weight, 0.0)
@@ -664,13 +711,12 @@ def _sample(
     repetition, presence = tl.load(numbers + 3 * n_lanes), tl.load(numbers + 4 * n_lanes)
     frequency = tl.load(numbers + 5 * n_lanes)
     temperature = tl.where(asked > 0, asked, 1.0)
+    about = (row, counts, eos, barred, penalised, temperature, repetition, presence, frequency)
 
     best, token, bad, mass = -float("inf"), 0, 0, 0.0
     for i in range(0, V, TILE):
         ids = i + tl.arange(0, TILE)
-        x = _logits(
-            row, counts, eos, ids, ids < V, barred, penalised, temperature, repetition, presence, frequency, N_EOS
-        )
+        x = _logits(about, ids, ids < V, N_EOS)
         bad = tl.maximum(bad, tl.max((x != x).to(tl.int32), 0))
         top, where = tl.max(x, 0, return_indices=True)
         token = tl.where(top > best, i + where, token)
@@ -683,15 +729,7 @@ def _sample(
         floor = tl.full([], -(1 << 31), tl.int32)
         if top_k > 0:
             floor = _threshold(
-                row,
-                counts,
-                eos,
-                barred,
-                penalised,
-                temperature,
-                repetition,
-                presence,
-                frequency,
+                about,
                 best,
                 floor,
                 top_k.to(tl.float32),
@@ -703,34 +741,13 @@ def _sample(
             mass = 0.0
             for i in range(0, V, TILE):
                 ids = i + tl.arange(0, TILE)
-                x = _logits(
-                    row,
-                    counts,
-                    eos,
-                    ids,
-                    ids < V,
-                    barred,
-                    penalised,
-                    temperature,
-                    repetition,
-                    presence,
-                    frequency,
-                    N_EOS,
-                )
+                x = _logits(about, ids, ids < V, N_EOS)
                 mass += tl.sum(tl.where(_ordered(x) >= floor, tl.exp(x - best), 0.0), 0)
         if top_p < 1:
             floor = tl.maximum(
                 floor,
                 _threshold(
-                    row,
-                    counts,
-                    eos,
-                    barred,
-                    penalised,
-                    temperature,
-                    repetition,
-                    presence,
-                    frequency,
+                    about,
                     best,
                     floor,
                     top_p * mass,
@@ -744,9 +761,7 @@ def _sample(
         base = _mix(seed + n_out * -7046029254386353131)
         for i in range(0, V, TILE):
             ids = i + tl.arange(0, TILE)
-            x = _logits(
-                row, counts, eos, ids, ids < V, barred, penalised, temperature, repetition, presence, frequency, N_EOS
-            )
+            x = _logits(about, ids, ids < V, N_EOS)
             bits = _mix(base + ids.to(tl.int64) * -7046029254386353131)
             uniform = (((bits >> 40) & 0xFFFFFF).to(tl.float32) + 0.5) * 5.9604644775390625e-08
             score = (x - best) - tl.log(-tl.log(uniform))

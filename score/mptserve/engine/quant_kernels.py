@@ -10,20 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mptserve.engine.kernels import _dot, _erf_gelu
+from mptserve.engine.kernels import Norm, _dot, _finish, _moments, _normed, launch_linear
 from mptserve.engine.quantization import GROUP, Quantized
 
 _GROUP = tl.constexpr(GROUP)
-
-
-@triton.jit
-def _normed(part, at, gamma, beta, mean, inverse, mask, dtype: tl.constexpr, NORM_BIAS: tl.constexpr):
-    """Return part [ROWS, n] of the inputs after LayerNorm, rounded as a norm of its own would round it."""
-    g = tl.load(gamma + at, mask=mask, other=0.0).to(tl.float32)
-    normed = (part.to(tl.float32) - mean[:, None]) * inverse[:, None] * g[None, :]
-    if NORM_BIAS:
-        normed += tl.load(beta + at, mask=mask, other=0.0).to(tl.float32)[None, :]
-    return normed.to(dtype)
 
 
 @triton.jit
@@ -61,18 +51,7 @@ def _quant_linear(
     mean = tl.zeros([ROWS], tl.float32)
     inverse = mean
     if NORM:
-        total = tl.zeros([ROWS, IN], tl.float32)
-        for i in range(0, K, IN):
-            at = m_mask[:, None] & (i + k < K)[None, :]
-            total += tl.load(x + m[:, None] * x_stride + (i + k)[None, :], mask=at, other=0.0).to(tl.float32)
-        mean = tl.sum(total, 1) / K
-        squares = tl.zeros([ROWS, IN], tl.float32)
-        for i in range(0, K, IN):
-            at = m_mask[:, None] & (i + k < K)[None, :]
-            part = tl.load(x + m[:, None] * x_stride + (i + k)[None, :], mask=at, other=0.0).to(tl.float32)
-            part = tl.where(at, part - mean[:, None], 0.0)
-            squares += part * part
-        inverse = 1.0 / tl.sqrt(tl.sum(squares, 1) / K + eps)
+        mean, inverse = _moments(x, m, m_mask, x_stride, eps, K, ROWS, IN)
 
     if ROWS == 1:
         sums = tl.zeros([OUT, IN], tl.float32)
@@ -114,15 +93,7 @@ def _quant_linear(
         acc = tl.sum(sums, 1)[:, None]
     if not FOUR:
         acc *= tl.load(scale + n, mask=n_mask, other=0.0)[:, None]
-    if BIAS:
-        acc += tl.load(bias + n, mask=n_mask, other=0.0).to(tl.float32)[:, None]
-    if GELU:
-        acc = _erf_gelu(acc)
-    at = m[None, :] * n_out + n[:, None]
-    mask = n_mask[:, None] & m_mask[None, :]
-    if RESIDUAL:
-        acc += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + at, acc, mask=mask)
+    _finish(acc, y, bias, residual, m, n, m_mask, n_mask, n_out, GELU, BIAS, RESIDUAL)
 
 
 def linear(
@@ -130,7 +101,7 @@ def linear(
     weight: Quantized,
     bias: Tensor | None = None,
     *,
-    norm: tuple[Tensor, Tensor | None, float] | None = None,
+    norm: Norm | None = None,
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
@@ -138,42 +109,11 @@ def linear(
 
     One row meets 4-bit weights in float32; more rows meet them rounded to the dtype of x.
     """
-    n_rows, k = x.shape
-    n_out = len(weight.scale)
     four = weight.zero is not None
-    y = torch.empty(n_rows, n_out, dtype=x.dtype, device=x.device)
-    rows = 1 if n_rows == 1 else 16
-    gamma, beta, eps = norm or (x, None, 0.0)
-    out = 16 if n_out <= 16_384 else 32
-    width = (256 if rows == 1 else 128) // (2 if four else 1)  # bytes; in 4 bits each takes two values' registers
-    _quant_linear[(triton.cdiv(n_out, out),)](
-        x,
-        weight.codes,
-        weight.scale,
-        weight.scale if weight.zero is None else weight.zero,
-        y,
-        x if bias is None else bias,
-        x if residual is None else residual,
-        gamma,
-        x if beta is None else beta,
-        n_rows,
-        n_out,
-        eps,
-        x.stride(0),
-        K=k,
-        ROWS=rows,
-        OUT=out,
-        IN=width,
-        FOUR=four,
-        NORM=norm is not None,
-        NORM_BIAS=beta is not None,
-        GELU=gelu,
-        BIAS=bias is not None,
-        RESIDUAL=residual is not None,
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=4,
-    )
-    return y
+    weights = (weight.codes, weight.scale, weight.scale if weight.zero is None else weight.zero)
+    values_per_step = 2 if four else 1  # in 4 bits each byte takes two values' registers
+    n_out = len(weight.scale)
+    return launch_linear(_quant_linear, x, weights, n_out, values_per_step, bias, norm, gelu, residual, FOUR=four)
 
 
 @triton.jit
