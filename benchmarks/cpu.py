@@ -32,6 +32,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from peers import Generate, by_transformers
 from safetensors.torch import save_file
 
 from mptserve.engine import Job, SamplingParams
@@ -44,8 +45,6 @@ from mptserve.launch import Server
 EMBEDDED = Path(__file__).resolve().parent.parent / "samples" / "mpt-8m"
 PROMPT, LONG_PROMPT = 128, 512
 SERVER_TOKENS = 64
-Generate = Callable[[list[list[int]], int, bool], None]
-"""(prompts of equal length, new tokens for each, use a KV cache) -> nothing, once all are generated."""
 
 
 @dataclass(frozen=True)
@@ -223,30 +222,6 @@ def by_engine(folder: Path, dtype: str) -> Generate:
         running = engine.submit_all(Job(prompt, p) for prompt, p in zip(prompts, params, strict=True))
         for generation in running:
             generation.result()
-
-    return generate
-
-
-def by_transformers(folder: Path, dtype: str) -> Generate:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    model: Any = transformers.MptForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-
-    def generate(prompts: list[list[int]], n_new: int, use_cache: bool) -> None:
-        with torch.inference_mode():
-            ids = torch.tensor(prompts)
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                min_new_tokens=n_new,
-                max_new_tokens=n_new,
-                do_sample=True,
-                temperature=0.5,
-                top_p=0.5,
-                use_cache=use_cache,
-                pad_token_id=0,
-            )
 
     return generate
 

@@ -9,6 +9,7 @@ The last line is one JSON object. About eight minutes on an H200; --only picks r
 """
 
 import argparse
+import gc
 import json
 import shutil
 import statistics
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import by_transformers
 from safetensors.torch import save_file
 
 from mptserve.bench import Ceilings, ceilings, limit, seconds
@@ -77,6 +79,8 @@ def main() -> None:
         folder = write_checkpoint(Path(scratch), raw, config)
         start_up = measure_start(folder, config)
         theirs = {} if args.no_transformers else measure_transformers(folder, args.only)
+        gc.collect()  # their weights
+        torch.cuda.empty_cache()
         rows = [
             row for measured in measure(folder, config, place, found, theirs, args.only) for row in [show(measured)]
         ]
@@ -190,26 +194,12 @@ def measure(
 
 def measure_transformers(folder: Path, only: str) -> dict[str, float]:
     """Return what `transformers` does as MPT checkpoints ship it (no KV cache), where that takes seconds."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    model: Any = transformers.MptForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda().eval()
+    generate = by_transformers(folder, "bfloat16", "cuda")
 
     def run(rows: int, n_prompt: int, n_new: int, use_cache: bool) -> float:
-        ids = torch.randint(2, 50_000, (rows, n_prompt), device="cuda")
+        prompts = torch.randint(2, 50_000, (rows, n_prompt)).tolist()
         started = time.perf_counter()
-        with torch.inference_mode():
-            model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=n_new,
-                min_new_tokens=n_new,
-                do_sample=True,
-                temperature=0.5,
-                top_p=0.5,
-                use_cache=use_cache,
-                pad_token_id=0,
-            )
+        generate(prompts, n_new, use_cache)
         torch.cuda.synchronize()
         return time.perf_counter() - started
 
@@ -223,8 +213,6 @@ def measure_transformers(folder: Path, only: str) -> dict[str, float]:
                 print(f"transformers {label}: {found[label]:,.1f} tok/s", flush=True)
     if wanted(only, "first token 1024"):
         found["first token 1024"] = median(lambda: run(1, 1024, 1, True), 3) * 1e3
-    model.cpu()
-    torch.cuda.empty_cache()
     return found
 
 

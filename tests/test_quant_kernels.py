@@ -12,7 +12,7 @@ from engines import CPU, generate, load_tiny, make_engine, random_ids
 from mptserve.engine import quant_kernels
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import parse_config
-from mptserve.engine.gpu_linear import QuantizedLinear
+from mptserve.engine.gpu_linear import KernelLinear
 from mptserve.engine.model import MPT, Norm, PlainLinear
 from mptserve.engine.quantization import Quantized, dequantize, quantize
 from mptserve.engine.weights import Placement, choose_placement, load_model
@@ -65,7 +65,7 @@ def test_unpacking_gives_every_value_rounded_once(method: str) -> None:
 def test_a_layer_equals_the_plain_layer_of_its_values(method: str, n_rows: int) -> None:
     """Whatever its rows: with the norm in the kernel, before it, and through the unpacked weight."""
     weight = on_device(quantize(torch.randn(64, 128) / 11, method))
-    layer, plain = QuantizedLinear(weight), PlainLinear(dequantize(weight))
+    layer, plain = KernelLinear(weight), PlainLinear(dequantize(weight))
     x, residual = torch.randn(n_rows, 128, device=DEVICE), torch.randn(n_rows, 64, device=DEVICE)
     norm = Norm(torch.rand(128, device=DEVICE), None, 1e-5)
     close = {"rtol": 1e-4, "atol": 1e-4}

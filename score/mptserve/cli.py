@@ -23,48 +23,58 @@ ROLLOUT = SCORE_DIR.parent / "endpoint" / "rollout.sh"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="mptserve", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="keep azmlinfsrv running on the model in AZUREML_MODEL_DIR")
-    demo = commands.add_parser("demo", help="start it, post one request, print the answer, stop")
-    generate = commands.add_parser("generate", help="continue one prompt; print text, speed and memory")
-    quantize = commands.add_parser("quantize", help="write a checkpoint with 8-bit or 4-bit weights")
-    quantize_command.add_arguments(quantize)
-    measure = commands.add_parser("bench", help="measure this machine with the model, and how far it is from its limit")
-    measure.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
-    measure.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
-    measure.add_argument("--new", type=int, default=32, help="tokens to generate for each")
-    measure.add_argument("--rounds", type=int, default=3, help="medians are taken over this many")
-    for command in (serve, demo, measure):
-        command.add_argument("--model-dir", default=default_model_dir(), help="checkpoint folder")
-    generate_command.add_arguments(generate, default_model_dir())
-    for command in (serve, demo):
-        command.add_argument("--port", type=int, default=5001)
-        command.add_argument(
-            "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
-        )
-    add_batch_commands(commands, default_model_dir())
-    commands.add_parser("check", help="find mistakes in Azure ML YAML, offline, or see which machines a model fits")
-    commands.add_parser("rollout", help="replace a deployment on Azure step by step, by endpoint/rollout.sh")
     first, *rest = (sys.argv[1:] if argv is None else argv) or [""]
-    if first == "check":
+    if first == "check":  # it and the next parse their own arguments
         from mptserve.check.command import main as check  # imports PyTorch, which the other commands need not wait for
 
         return check(rest)
     if first == "rollout":
         return subprocess.run(["bash", str(ROLLOUT), *rest], check=False).returncode
-    args = parser.parse_args(argv)
-    if args.command == "bench":
-        from mptserve import bench  # takes PyTorch, which the other commands leave to the server
+    args = _parser().parse_args(argv)
+    status: int = args.run(args)
+    return status
 
-        return bench.run(Path(args.model_dir), args.rows, args.prompt, args.new, args.rounds)
-    if args.command == "quantize":
-        return quantize_command.run(args)
-    if args.command == "generate":
-        return generate_command.run(args)
-    if hasattr(args, "run"):
-        status: int = args.run(args)
-        return status
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser; its result's `run` takes that result and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="mptserve", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    serve = commands.add_parser("serve", help="keep azmlinfsrv running on the model in AZUREML_MODEL_DIR")
+    demo = commands.add_parser("demo", help="start it, post one request, print the answer, stop")
+    for command in (serve, demo):
+        command.add_argument("--model-dir", default=default_model_dir(), help="checkpoint folder")
+        command.add_argument("--port", type=int, default=5001)
+        command.add_argument(
+            "--request", type=Path, default=SAMPLES / "online" / "basic.json", help="a request to post"
+        )
+        command.set_defaults(run=_run_server)
+    generate = commands.add_parser("generate", help="continue one prompt; print text, speed and memory")
+    generate_command.add_arguments(generate, default_model_dir())
+    generate.set_defaults(run=generate_command.run)
+    quantize = commands.add_parser("quantize", help="write a checkpoint with 8-bit or 4-bit weights")
+    quantize_command.add_arguments(quantize)
+    quantize.set_defaults(run=quantize_command.run)
+    measure = commands.add_parser("bench", help="measure this machine with the model, and how far it is from its limit")
+    measure.add_argument("--model-dir", default=default_model_dir(), help="checkpoint folder")
+    measure.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32], help="sequences at once")
+    measure.add_argument("--prompt", type=int, default=128, help="tokens of each prompt")
+    measure.add_argument("--new", type=int, default=32, help="tokens to generate for each")
+    measure.add_argument("--rounds", type=int, default=3, help="medians are taken over this many")
+    measure.set_defaults(run=_run_bench)
+    add_batch_commands(commands, default_model_dir())
+    commands.add_parser("check", help="find mistakes in Azure ML YAML, offline, or see which machines a model fits")
+    commands.add_parser("rollout", help="replace a deployment on Azure step by step, by endpoint/rollout.sh")
+    return parser
+
+
+def _run_bench(args: argparse.Namespace) -> int:
+    from mptserve import bench  # takes PyTorch, which the other commands leave to the server
+
+    return bench.run(Path(args.model_dir), args.rows, args.prompt, args.new, args.rounds)
+
+
+def _run_server(args: argparse.Namespace) -> int:
+    """Start the server and post to it, or keep it; return the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: do not leave the server behind
     try:
         with Server(args.port, args.model_dir, echo=_Echo(args.command == "serve")) as server:

@@ -70,6 +70,7 @@ class GpuRunner:
         most = max(n * self._n_splits(n, long) for n in range(1, max_rows + 1) for long in (False, True))
         self._parts = new_parts(most * config.n_heads, config.head_dim, device)
         self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self.buckets = buckets(max_rows)
 
     @property
     def _on_gpu(self) -> bool:
@@ -90,7 +91,7 @@ class GpuRunner:
     def _decode_step(self, decodes: Seq[Sequence]) -> tuple[Tensor, Tensor]:
         n = len(decodes)
         long = max(s.n_computed for s in decodes) >= _LONG
-        bucket = next((b for b in self.buckets() if b >= n), n)
+        bucket = next((b for b in self.buckets if b >= n), n)
         rows = self._upload([s.slot for s in decodes] + [self.max_rows] * (bucket - n), torch.int32)
         graph = self._graphs.get((bucket, long))
         if graph is None:
@@ -218,11 +219,6 @@ class GpuRunner:
 
     # Graphs
 
-    def buckets(self) -> list[int]:
-        """Return the batch sizes that have graphs: few enough to capture in seconds, close enough to waste little."""
-        sizes = [1, 2, 4, 8, 12, 16, *range(24, 65, 8), *range(80, 129, 16), *range(160, 1025, 32)]
-        return sorted({*(b for b in sizes if b < self.max_rows), self.max_rows})
-
     @torch.inference_mode()
     def capture(self) -> None:
         """Compile every kernel, then capture every graph, the largest first into one memory pool.
@@ -251,7 +247,7 @@ class GpuRunner:
                 log.info("capturing graphs", extra={"numbers": numbers})
 
     def _wanted(self) -> Iterator[tuple[int, bool]]:
-        for bucket in reversed(self.buckets()):
+        for bucket in reversed(self.buckets):
             if self.max_tokens > _LONG:
                 yield bucket, True
             yield bucket, False
@@ -266,3 +262,9 @@ class GpuRunner:
         while n_splits < min(wanted, most):
             n_splits *= 2
         return n_splits
+
+
+def buckets(max_rows: int) -> list[int]:
+    """Return the batch sizes that have graphs: few enough to capture in seconds, close enough to waste little."""
+    sizes = [1, 2, 4, 8, 12, 16, *range(24, 65, 8), *range(80, 129, 16), *range(160, 1025, 32)]
+    return sorted({*(b for b in sizes if b < max_rows), max_rows})

@@ -48,6 +48,10 @@ threads that met every 0.1 ms made a token take 127 ms instead of 10.
 """
 
 
+_MEASURED_WEIGHTS = 1 << 25
+"""So many weights no processor keeps in a cache of its own, and one thread multiplies in tenths of a second."""
+
+
 @dataclass(frozen=True)
 class ThreadSpeed:
     """What one CPU thread does in a linear layer. read: seconds per weight.  multiply: seconds per weight and token."""
@@ -59,8 +63,9 @@ class ThreadSpeed:
 def measure_thread_speed(model: MPT) -> ThreadSpeed:
     """Return the speed of one thread over the first layers of `model`: machines differ tenfold."""
     few, many = 2, 64
-    layers = [block.up_proj for block in model.blocks[:8]]
-    weights = model.config.d_model * model.config.d_ff * len(layers)
+    in_layer = model.config.d_model * model.config.d_ff
+    layers = [block.up_proj for block in model.blocks[: max(1, min(8, _MEASURED_WEIGHTS // in_layer))]]
+    weights = in_layer * len(layers)
 
     def seconds(n_tokens: int) -> float:
         x = torch.zeros(n_tokens, model.config.d_model, dtype=model.dtype)

@@ -197,9 +197,9 @@ def _linear_maker(place: Placement) -> Callable[[Tensor, Tensor | None], Linear]
 def _quantized_maker(place: Placement, rows: StepRows) -> Callable[[Quantized, Tensor | None], Linear]:
     """Return what makes a layer of codes. The output head's are 8-bit in either method."""
     if place.device.type != "cpu":
-        from mptserve.engine.gpu_linear import QuantizedLinear  # needs Triton
+        from mptserve.engine.gpu_linear import KernelLinear  # needs Triton
 
-        return QuantizedLinear
+        return KernelLinear
 
     def make(weight: Quantized, bias: Tensor | None) -> Linear:
         return Int8Linear(weight, bias) if weight.zero is None else Int4Linear(weight, bias, rows)
