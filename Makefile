@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PORT ?= 5001
 OPENAI_PORT ?= 8451
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -c constraints.txt
+PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo serve openai azure-local test test-all check check-specs format bench clean
+.PHONY: help install demo serve openai azure-local test test-long test-all check check-specs format bench clean
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -36,11 +37,14 @@ azure-local: install ## Azure ML on this machine, for the SDK and the notebooks:
 openai: $(VENV)/.installed ## Serve OpenAI's API, /score and a page to play on
 	@AZUREML_MODEL_DIR="$${AZUREML_MODEL_DIR:-samples/mpt-8m}" $(BIN)/python score/openai_app.py --port $(OPENAI_PORT)
 
-test: install ## The fast tests: CPU, offline
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+test: install ## The fast tests, in two minutes: CPU, offline
+	@$(PYTEST)
 
-test-all: install ## The slow ones too
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not gpu and not azure'
+test-long: install ## Real servers, browsers, batch jobs, and GPU kernels in an interpreter: five minutes more
+	@$(PYTEST) -m 'long and not slow and not gpu and not azure'
+
+test-all: install ## All of them, and the slow ones: half an hour
+	@$(PYTEST) -m 'not gpu and not azure'
 
 check: install ## Format check, lint, types, generated docs up to date
 	@$(BIN)/ruff format --check .

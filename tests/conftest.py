@@ -18,6 +18,12 @@ from mptserve.settings import read_settings
 from serving import MODEL_DIR, QUEUE_LIMIT, LoggedServer
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread_for_peers() -> None:
+    """Two files run at a time, and threads that wait for a core cost a small operation a factor of ten."""
+    torch.set_num_threads(1)  # of this thread; the engine's sets its own
+
+
 @pytest.fixture(autouse=True)
 def logging_as_it_was() -> Iterator[None]:
     """Commands that run inside a test set logging up for the whole process."""

@@ -14,6 +14,8 @@ from mptserve.check.document import read_document
 from mptserve.launch import Server
 from serving import post
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parent.parent
 ENDPOINT = ROOT / "endpoint"
 OVERLAYS = ENDPOINT / "online" / "overlays"

@@ -20,6 +20,8 @@ from mptserve.errors import BadSetting, DoesNotFit
 from mptserve.settings import read_settings
 from serving import ROOT
 
+pytestmark = pytest.mark.long
+
 PROMPTS = ["Once upon a time", 'The king said, "No"', "Ein Märchen:\nes war einmal", "A dog"]
 
 

@@ -18,6 +18,8 @@ from batches import job, results, settings_of, write
 from local_azure.parallel_driver import Outcome, ParallelDriver, ParallelJob
 from serving import MODEL_DIR, ROOT, eventually
 
+pytestmark = pytest.mark.long
+
 DOOR = ROOT / "score" / "batch_score.py"
 
 

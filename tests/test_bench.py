@@ -15,6 +15,8 @@ from mptserve.engine.weights import Placement
 from serving import LoggedServer
 from test_weights import MPT_7B
 
+pytestmark = pytest.mark.long
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 H200 = Ceilings(read_gbs=4320, matmul_tflops=769)
 

@@ -10,6 +10,8 @@ from packaging.requirements import Requirement
 
 from serving import MODEL_DIR, ROOT
 
+pytestmark = pytest.mark.long
+
 ENVIRONMENT = ROOT / "endpoint" / "environment"
 DOCKERFILE = (ENVIRONMENT / "Dockerfile").read_text(encoding="utf-8")
 

@@ -7,6 +7,8 @@ import pytest
 
 from serving import LoggedServer, Stream, eventually, metrics, post, request
 
+pytestmark = pytest.mark.long
+
 PARAMETERS = {"max_new_tokens": 2000, "ignore_eos": True, "num_return_sequences": 16, "do_sample": False}
 """More than any machine generates before the deadline."""
 

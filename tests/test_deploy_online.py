@@ -18,6 +18,8 @@ from azure.core.exceptions import HttpResponseError
 from desk import Desk, Load, desk_in
 from serving import ROOT, eventually, metrics, request
 
+pytestmark = pytest.mark.long
+
 NAME = "mpt-desk"
 SAMPLES = sorted((ROOT / "samples" / "online").glob("*.json"))
 SMOKE = ROOT / "endpoint" / "online" / "smoke.yml"

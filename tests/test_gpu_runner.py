@@ -14,7 +14,10 @@ from mptserve.engine.gpu_linear import KernelLinear
 from mptserve.engine.model import MPT, Block, PackedLinear
 from tiny import tiny_config, write_checkpoint
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="runs on CPU tensors, in Triton's interpreter")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs on CPU tensors, in Triton's interpreter"),
+]
 
 
 @pytest.fixture(scope="module")

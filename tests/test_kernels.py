@@ -21,6 +21,8 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from mptserve.engine import kernels
 
+pytestmark = pytest.mark.long
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
 """Relative to outputs of size about one: float32 sums, inputs and outputs rounded to the dtype."""

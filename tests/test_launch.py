@@ -19,6 +19,8 @@ from mptserve.launch import Server, ServerDied, host_environment, progress_line,
 from mptserve.settings import FIELDS
 from serving import MODEL_DIR, ROOT, SAMPLE, LoggedServer, eventually, free_port, get, post
 
+pytestmark = pytest.mark.long
+
 SCORE = ROOT / "score"
 SETTINGS = sorted(field.metadata["env"] for field in FIELDS)
 

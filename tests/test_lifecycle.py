@@ -26,6 +26,8 @@ from serving import (
     write_door,
 )
 
+pytestmark = pytest.mark.long
+
 STORY = {"max_new_tokens": 400, "ignore_eos": True, "do_sample": False}
 
 

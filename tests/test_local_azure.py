@@ -18,6 +18,8 @@ from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 from desk import Desk, Load, desk_in, write_parrot
 from serving import eventually
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:

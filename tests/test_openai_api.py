@@ -1,12 +1,14 @@
 """OpenAI's API, asked by OpenAI's own client, LangChain and LangChain's Azure ML classes on a real server."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 
+from batches import job, results, write
 from doors import Door
 from serving import eventually, metrics, post, request
 
@@ -39,13 +41,16 @@ def test_a_completion_says_what_it_cost_and_why_it_ended(client):
     assert client.completions.create(model="m", prompt=STORY, **SAMPLED).usage.completion_tokens == 16
 
 
-def test_every_door_gives_the_same_text_for_the_same_seed(client, door, service):
-    import json
-
+def test_every_door_gives_the_same_text_for_the_same_seed(client, door, service, tmp_path):
     v1 = client.completions.create(model="m", prompt=STORY, max_tokens=40, **SAMPLED).choices[0].text
     body = request(STORY, max_new_tokens=40, return_full_text=False, **SAMPLED)
     assert post(door.port, body).json == [{"0": v1}]
     assert json.loads(service.generate(json.dumps(body).encode(), "id").body) == [{"0": v1}]
+
+    row = {"prompt": STORY, "parameters": body["input_data"]["parameters"]}
+    with job(tmp_path / "in", tmp_path / "out") as batch:
+        batch.run([write(tmp_path / "in" / "a.jsonl", [row])])
+    assert [r["output"] for r in results(tmp_path / "out", "a.jsonl.jsonl")] == [v1]
 
     messages = [{"role": "user", "content": "Hi, I'd like a latte."}]
     chat = client.chat.completions.create(model="m", messages=messages, max_tokens=40, **SAMPLED)

@@ -19,6 +19,8 @@ from mptserve.api_keys import ApiKeys, Unauthorized
 from mptserve.errors import BadSetting
 from serving import PATIENCE_S, Stream, eventually, get, metrics, post, request
 
+pytestmark = pytest.mark.long
+
 STORY = "Once upon a time"
 
 

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from doors import Door
 from serving import get, post
 
+pytestmark = pytest.mark.long
+
 schemathesis = pytest.importorskip("schemathesis")
 
 

@@ -17,6 +17,7 @@ from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs the packages chromium and chromium-driver"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),  # selenium leaves sockets to the collector
 ]

@@ -19,6 +19,8 @@ from mptserve.engine.weights import Placement, choose_placement, load_model
 from mptserve.errors import BadSetting
 from tiny import tiny_config
 
+pytestmark = pytest.mark.long
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 

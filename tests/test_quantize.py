@@ -17,7 +17,10 @@ from mptserve.errors import BadWeights, UnsupportedModel
 from tiny import tiny_config, write_checkpoint
 
 EMBEDDED = Path(__file__).parent.parent / "samples" / "mpt-8m"
-pytestmark = [pytest.mark.skipif(bool(why_not_on_cpu(m)), reason=why_not_on_cpu(m)) for m in ("int8", "int4")]
+pytestmark = [
+    pytest.mark.long,
+    *(pytest.mark.skipif(bool(why_not_on_cpu(m)), reason=why_not_on_cpu(m)) for m in ("int8", "int4")),
+]
 
 
 def logits(folder: Path, method: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,6 +47,7 @@ def test_it_speaks_exactly_when_the_end_is_said_again_often_enough(ids, times):
     assert stops_at(times, ids) == expected
 
 
+@pytest.mark.long
 def test_a_sequence_that_goes_in_circles_ends_and_says_so(service):
     """Greedy, the embedded model repeats itself for ever; that is why conversations have the guard by default."""
 

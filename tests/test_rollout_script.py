@@ -15,6 +15,8 @@ import pytest
 
 from mptserve import cli
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "endpoint" / "rollout.sh"
 SAMPLES = ROOT / "samples" / "online"

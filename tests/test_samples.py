@@ -12,6 +12,8 @@ import pytest
 from mptserve.launch import Server
 from serving import Stream, free_port, joined, post
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).resolve().parent.parent
 ONLINE = ROOT / "samples" / "online"
 

@@ -25,6 +25,8 @@ from serving import (
     write_door,
 )
 
+pytestmark = pytest.mark.long
+
 LONG = {"max_new_tokens": 450, "ignore_eos": True, "do_sample": False}
 """Takes about a second, so that its first event is read long before its last is made."""
 
