@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PORT ?= 5001
 OPENAI_PORT ?= 8451
-PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -c constraints.txt
+# Without compiling: Python does that on first import, and most of what is installed is never imported.
+PIP = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -c constraints.txt
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
