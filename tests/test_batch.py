@@ -241,6 +241,7 @@ def test_a_rerun_does_what_is_missing_or_changed_and_nothing_else(tmp_path: Path
     (tmp_path / "out" / "c.jsonl.jsonl").write_text("half of it")
     assert run() == ["a", "b", "c"]
     assert run(MPT_DEFAULTS='{"seed": 1}') == ["a", "b", "c", "d"]
+    assert run(MPT_QUANT="int8") == ["a", "b", "c", "d"]
     found = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (found["files"], found["rows"], found["failed_files"], found["errors"]) == (4, 13, [], {})
 

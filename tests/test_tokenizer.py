@@ -196,6 +196,14 @@ def test_stop_string_split_across_tokens_is_not_shown(spell, text, stop, expecte
     assert pieces(tokenizer, ids, stop) == expected
 
 
+@PROPERTY
+@given(text=st.text("ab🦊", max_size=12), stop=st.lists(st.text("ab🦊", min_size=1, max_size=3), max_size=3))
+def test_tokens_pushed_at_once_give_the_text_of_tokens_pushed_one_by_one(spell, text, stop):
+    tokenizer, ids = spell(text)
+    stream = TextStream(tokenizer, tuple(stop))
+    assert stream.push(*ids) + stream.finish() == "".join(pieces(tokenizer, ids, tuple(stop)))
+
+
 def test_stream_says_when_it_has_stopped(spell):
     tokenizer, ids = spell("abXYc")
     stream = TextStream(tokenizer, ("XY",))

@@ -241,7 +241,7 @@ class Service:
 
     def _result(self, request: GenerateRequest, running: Running, seq: Sequence) -> Result:
         text = text_stream(running, self.tokenizer)
-        generated = "".join([*(text.push(t.id) for t in seq.out if t.id not in seq.eos_ids), text.finish()])
+        generated = text.push(*(t.id for t in seq.out if t.id not in seq.eos_ids)) + text.finish()
         prompt = request.prompts[running.prompt].prompt if request.return_full_text else ""
         result = self._ended(running, None if self.safety is None else self.safety.judge(generated))
         if result.finish_reason == "content_filter":

@@ -102,11 +102,12 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
-    def push(self, token_id: int) -> str:
-        """Return the text that this token made certain; empty while it may still be a stop string."""
+    def push(self, *token_ids: int) -> str:
+        """Return the text that these tokens made certain; empty while it may still be a stop string."""
         if self.stopped:
             return ""
-        return self._trimmed(self._take(self._decoder.decode(self._tokenizer.token_bytes(token_id))))
+        added = b"".join(map(self._tokenizer.token_bytes, token_ids))
+        return self._trimmed(self._take(self._decoder.decode(added)))
 
     def finish(self) -> str:
         """Return the text held back so far: no more tokens come."""

@@ -122,7 +122,7 @@ def what_results_depend_on(settings: Settings) -> dict[str, Any]:
     folder = find_checkpoint(Path(settings.model_dir)).folder
     config = (folder / "config.json").read_bytes()
     sizes = [[path.name, path.stat().st_size] for path in weight_files(folder)]
-    names = ("engine", "dtype", "max_seq_len", "max_new_tokens", "max_sequences")
+    names = ("engine", "dtype", "kv_dtype", "quant", "max_seq_len", "max_new_tokens", "max_sequences")
     return {
         "mptserve": mptserve.__version__,
         "model": hashlib.blake2b(config + json.dumps(sizes).encode(), digest_size=16).hexdigest(),
