@@ -16,15 +16,12 @@ The last line is one JSON object.
 import argparse
 import http.client
 import json
-import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,17 +29,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from peers import Generate, by_transformers
-from safetensors.torch import save_file
+from contenders import EMBEDDED, Contender, bandwidth, by_engine, by_transformers, cpu_name, write_random_model
 
-from mptserve.engine import Job, SamplingParams
-from mptserve.engine.config import parse_config, read_config
+from mptserve.engine.config import read_config
 from mptserve.engine.memory import available_cores
-from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.engine.weights import choose_placement
 from mptserve.launch import Server
 
-EMBEDDED = Path(__file__).resolve().parent.parent / "samples" / "mpt-8m"
 PROMPT, LONG_PROMPT = 128, 512
 SERVER_TOKENS = 64
 
@@ -109,7 +102,7 @@ def summary(results: dict[str, Any], best: str) -> dict[str, Any]:
 def measure_model(name: str, dtype: str, rows: list[int], rounds: int) -> list[Case]:
     """Print and return the table of one model in one dtype."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = EMBEDDED if name == "embedded" else write_wide_model(Path(scratch))
+        folder = EMBEDDED if name == "embedded" else write_random_model(Path(scratch), name)
         config = read_config(folder)
         ours = Contender(by_engine, folder, dtype)
         theirs = Contender(by_transformers, folder, dtype)
@@ -125,42 +118,6 @@ def measure_model(name: str, dtype: str, rows: list[int], rounds: int) -> list[C
     ours.close()
     theirs.close()
     return [replace(case, weights_gb=weights_gb) for case in cases]
-
-
-class Contender:
-    """Somebody who generates, in a process of its own.
-
-    In one process they would slow each other down even while they wait: OpenMP keeps a pool of threads for each, and
-    lets them sleep between operations once the pools together outnumber the cores.
-    """
-
-    def __init__(self, make: Callable[[Path, str], Generate], folder: Path, dtype: str) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=contend, args=(make, folder, dtype, theirs), daemon=True)
-        self._process.start()
-        self._n_vocab = self._pipe.recv()
-
-    def seconds(self, rows: int, n_prompt: int, n_new: int, use_cache: bool = True) -> float:
-        """Return how long n_new tokens for each of `rows` prompts take; fresh ids, so that no prefix cache helps."""
-        prompts = [torch.randint(2, self._n_vocab, (n_prompt,)).tolist() for _ in range(rows)]
-        self._pipe.send((prompts, n_new, use_cache))
-        seconds: float = self._pipe.recv()
-        return seconds
-
-    def close(self) -> None:
-        self._pipe.send(None)
-        self._process.join()
-
-
-def contend(make: Callable[[Path, str], Generate], folder: Path, dtype: str, pipe: Any) -> None:
-    """Load, then generate what the pipe asks for and answer with the seconds, until it sends None."""
-    generate = make(folder, dtype)
-    pipe.send(read_config(folder).vocab_size)
-    while (job := pipe.recv()) is not None:
-        started = time.perf_counter()
-        generate(*job)
-        pipe.send(time.perf_counter() - started)
 
 
 def show(cases: list[Case]) -> list[Case]:
@@ -208,65 +165,6 @@ def measure_case(ours: Contender, theirs: Contender, rows: int, n_new: int, roun
         Case(f"prefill {rows} x {PROMPT}", first["ours"], first["cached"], None, gbs),
         Case(f"decode {rows} rows", later["ours"], later["cached"], later.get("shipped"), gbs),
     ]
-
-
-def by_engine(folder: Path, dtype: str) -> Generate:
-    config = read_config(folder)
-    engine = start_engine(folder, config, config.vocab_size, EngineOptions(dtype=dtype, kv_cache_gb=4))
-
-    def generate(prompts: list[list[int]], n_new: int, _: bool) -> None:
-        params = [
-            SamplingParams(max_new_tokens=n_new, temperature=0.5, top_p=0.5, ignore_eos=True, seed=i)
-            for i in range(len(prompts))
-        ]
-        running = engine.submit_all(Job(prompt, p) for prompt, p in zip(prompts, params, strict=True))
-        for generation in running:
-            generation.result()
-
-    return generate
-
-
-def write_wide_model(folder: Path) -> Path:
-    """Write a random checkpoint with MPT-7B's layer shapes and four layers; return its folder."""
-    raw = json.loads((EMBEDDED / "config.json").read_text()) | {
-        "d_model": 4096,
-        "n_heads": 32,
-        "n_layers": 4,
-        "vocab_size": 50432,
-    }
-    (folder / "config.json").write_text(json.dumps(raw))
-    random = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 1
-        else torch.randn(shape, generator=random).mul_(0.02).to(torch.bfloat16)
-        for name, shape in parse_config(raw).tensor_shapes().items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-def cpu_name() -> str:
-    """Return the processor's name and the instructions that decide, where Linux tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    about = dict(line.split(":", 1) for line in lines if ":" in line)
-    about = {key.strip(): value.strip() for key, value in about.items()}
-    flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in about.get("flags", "").split()]
-    return f"{about.get('model name', platform.processor())} ({', '.join(flags)})"
-
-
-def bandwidth() -> float:
-    """Return the GB/s at which all cores together read memory now: the best of three passes over 512 MB."""
-    memory = torch.ones(128 * 1024 * 1024)
-    best = 0.0
-    for _ in range(3):
-        started = time.perf_counter()
-        memory.sum()
-        best = max(best, memory.numel() * 4 / (time.perf_counter() - started) / 1e9)
-    return best
 
 
 def measure_server(clients: tuple[int, ...] = (1, 16, 32), rounds: int = 3, seconds: float = 4.0) -> dict[str, float]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import by_transformers
+from contenders import by_transformers
 from safetensors.torch import save_file
 
 from mptserve.bench import Ceilings, ceilings, limit, seconds
@@ -194,7 +194,7 @@ def measure(
 
 def measure_transformers(folder: Path, only: str) -> dict[str, float]:
     """Return what `transformers` does as MPT checkpoints ship it (no KV cache), where that takes seconds."""
-    generate = by_transformers(folder, "bfloat16", "cuda")
+    generate = by_transformers(folder, "bfloat16", greedy=False, device="cuda")
 
     def run(rows: int, n_prompt: int, n_new: int, use_cache: bool) -> float:
         prompts = torch.randint(2, 50_000, (rows, n_prompt)).tolist()

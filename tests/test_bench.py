@@ -41,6 +41,27 @@ def test_bench_prints_a_table_and_a_json_line(capsys: pytest.CaptureFixture[str]
     assert all(case["decode_tok_s"] > 0 and case["first_token_ms"] > 0 for case in found["cases"])
 
 
+def test_peers_take_turns_and_agree() -> None:
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "peers.py"),
+        "--model",
+        "embedded",
+        "--rounds",
+        "1",
+        "--new-tokens",
+        "4",
+    ]
+    command += ["--engines", "transformers float32", "mptserve float32", "mptserve int8"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert list(results) == [f"embedded, {name}" for name in command[-3:]]
+    for found in results.values():
+        assert set(found) == {"decode 1", "decode 8", "prefill 512", "memory_gb", "bandwidth"}
+        assert all(value > 0 for value in found.values())
+
+
 def test_the_load_benchmark_counts_every_request(server: LoggedServer, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     command = [sys.executable, str(BENCHMARKS / "server.py"), "--url", server.url, "--rates", "6"]
