@@ -117,7 +117,15 @@ def seconds(engine: MPTEngine, rows: int, n_prompt: int, n_new: int) -> float:
 def limit(
     config: MPTConfig, place: Placement, found: Ceilings, n_tokens: int, n_kv: int, n_logits: int, n_pairs: int = 0
 ) -> float:
-    """Return the seconds that a step takes at least.
+    """Return the seconds that a step takes at least; its work is as in `work`."""
+    n_bytes, operations = work(config, place, n_tokens, n_kv, n_logits, n_pairs)
+    return max(n_bytes / (found.read_gbs * 1e9), operations / (found.matmul_tflops * 1e12))
+
+
+def work(
+    config: MPTConfig, place: Placement, n_tokens: int, n_kv: int, n_logits: int, n_pairs: int = 0
+) -> tuple[float, float]:
+    """Return the bytes that a step must move and the operations that it must do.
 
     n_tokens: computed in it.  n_kv: keys and values read or written.  n_logits: rows of the vocabulary product.
     n_pairs: of a query and a key, where attention counts as operations.
@@ -126,7 +134,7 @@ def limit(
     layers = config.n_parameters - head
     n_bytes = place.weight_bytes(config) + n_kv * place.kv_bytes_per_token(config)
     operations = 2.0 * layers * n_tokens + 2.0 * head * n_logits + 4.0 * config.n_layers * config.d_model * n_pairs
-    return max(n_bytes / (found.read_gbs * 1e9), operations / (found.matmul_tflops * 1e12))
+    return n_bytes, operations
 
 
 def ceilings(place: Placement) -> Ceilings:
