@@ -95,21 +95,28 @@ class WeightReader:
 
     def __init__(self, folder: Path, config: MPTConfig) -> None:
         self.files = weight_files(folder)
-        self._handles: dict[str, Any] = {}  # tensor name -> (open file, its name there)
+        self._where: dict[str, tuple[Path | dict[str, Tensor], str]] = {}  # file or its content, the name there
         shapes: dict[str, tuple[int, ...]] = {}
         for path in self.files:
-            for name, shape, handle in _open(path):
+            for name, shape, where in _open(path):
                 published = _modern_name(name) if config.model_type == "mosaic_gpt" else name
-                shapes[published], self._handles[published] = shape, (handle, name)
+                shapes[published], self._where[published] = shape, (where, name)
         expected = stored_shapes(config)
         _compare(shapes, expected, folder)
         self.names = list(expected)
         self.n_bytes = sum(path.stat().st_size for path in self.files)
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor on the CPU, mapped from the file where possible: no copy until it is used."""
-        handle, stored = self._handles[name]
-        tensor: Tensor = handle[stored] if isinstance(handle, dict) else handle.get_tensor(stored)
+        """Return one tensor on the CPU, mapped from the file where possible: no copy until it is used.
+
+        A safetensors file is opened anew for each. What has been read of a file counts as this process's memory for as
+        long as it is open, so that a model laid out anew in memory would count twice; so it goes with its tensor.
+        """
+        where, stored = self._where[name]
+        if isinstance(where, dict):
+            return where[stored]
+        with safe_open(where, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored)
         return tensor
 
 
@@ -128,7 +135,8 @@ def _compare(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, .
         raise BadWeights(f"{len(problems)} tensors in {folder} do not fit its config.json:\n  {listed}")
 
 
-def _open(path: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
+def _open(path: Path) -> Iterator[tuple[str, tuple[int, ...], Path | dict[str, Tensor]]]:
+    """Yield name and shape of each tensor, and what to read it from."""
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise BadWeights(f"{path} is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
@@ -138,7 +146,7 @@ def _open(path: Path) -> Iterator[tuple[str, tuple[int, ...], Any]]:
         except SafetensorError as exc:
             raise BadWeights(f"{path} is damaged or only partly downloaded: {exc}") from exc
         for name in handle.keys():  # noqa: SIM118 - a safetensors handle is no dict
-            yield name, tuple(handle.get_slice(name).get_shape()), handle
+            yield name, tuple(handle.get_slice(name).get_shape()), path
     else:
         try:
             tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

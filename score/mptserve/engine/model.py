@@ -109,7 +109,7 @@ class Norm:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer's parameters."""
+    """One layer: its parameters, and what it computes."""
 
     norm_1: Norm
     Wqkv: Linear
@@ -119,6 +119,19 @@ class Block:
     norm_2: Norm
     up_proj: Linear
     down_proj: Linear
+
+    def __call__(self, layer: int, x: Tensor, attend: Attend, config: MPTConfig) -> Tensor:
+        """Return what this block, the model's number `layer`, makes of x [N, d]."""
+        qkv = self.Wqkv(x, self.norm_1)
+        if config.clip_qkv is not None:
+            qkv = qkv.clamp_(-config.clip_qkv, config.clip_qkv)
+        if self.q_ln is not None and self.k_ln is not None:
+            q, k, v = qkv.chunk(3, dim=-1)
+            qkv = torch.cat((self.q_ln(q), self.k_ln(k), v), dim=-1)
+        qkv = qkv.view(len(x), 3, config.n_heads, config.head_dim)
+        attention = attend(layer, qkv[:, 0], qkv[:, 1:])
+        x = self.out_proj.add(attention, x)
+        return self.down_proj.add(self.up_proj.gelu(x, self.norm_2), x)
 
 
 class MPT:
@@ -145,20 +158,9 @@ class MPT:
     def hidden(self, token_ids: Tensor, attend: Attend, n_direct: int = 0) -> Tensor:
         """Return the last layer's normed output, [N, d], for token_ids [N]; n_direct: see StepRows."""
         self.rows.n_direct = n_direct
-        config = self.config
-        n, heads, head_dim = len(token_ids), config.n_heads, config.head_dim
         x = F.embedding(token_ids, self.wte).to(self.dtype)
-        for i, block in enumerate(self.blocks):
-            qkv = block.Wqkv(x, block.norm_1)
-            if config.clip_qkv is not None:
-                qkv = qkv.clamp_(-config.clip_qkv, config.clip_qkv)
-            if block.q_ln is not None and block.k_ln is not None:
-                q, k, v = qkv.chunk(3, dim=-1)
-                qkv = torch.cat((block.q_ln(q), block.k_ln(k), v), dim=-1)
-            qkv = qkv.view(n, 3, heads, head_dim)
-            attention = attend(i, qkv[:, 0], qkv[:, 1:])
-            x = block.out_proj.add(attention, x)
-            x = block.down_proj.add(block.up_proj.gelu(x, block.norm_2), x)
+        for layer, block in enumerate(self.blocks):
+            x = block(layer, x, attend, self.config)
         return self.norm_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

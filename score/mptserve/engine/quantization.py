@@ -44,13 +44,16 @@ class Quantized:
 
 def quantize(weight: Tensor, method: str) -> Quantized:
     """Return the [n_out, n_in] weight in `method`, "int8" or "int4", on its own device."""
-    parts = [_int8(w.float()) if method == "int8" else _int4(w.float()) for w in weight.split(_rows_at_once(weight))]
-    zeros = [p.zero for p in parts if p.zero is not None]
-    return Quantized(
-        torch.cat([p.codes for p in parts]),
-        torch.cat([p.scale for p in parts]),
-        torch.cat(zeros) if zeros else None,
-    )
+    whole: list[Tensor] = []
+    start = 0
+    for w in weight.split(_rows_at_once(weight)):
+        part = _int8(w.float()) if method == "int8" else _int4(w.float())
+        tensors = [t for t in (part.codes, part.scale, part.zero) if t is not None]
+        whole = whole or [t.new_empty(len(weight), *t.shape[1:]) for t in tensors]
+        for tensor, rows in zip(whole, tensors, strict=True):
+            tensor[start : start + len(w)] = rows
+        start += len(w)
+    return Quantized(*whole)
 
 
 def dequantize(weight: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -72,9 +75,17 @@ def _int8(w: Tensor) -> Quantized:
 
 
 def _int4(w: Tensor) -> Quantized:
-    """Round to the nearest code, with the scale and zero of those tried that leave the smallest squared error."""
-    groups = w.view(len(w), -1, GROUP)
-    low, high = groups.amin(2), groups.amax(2)
+    codes, scale, zero = nearest(w.view(len(w), -1, GROUP))
+    return Quantized(pack(codes.view_as(w)), scale, zero)
+
+
+def nearest(groups: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the nearest 4-bit codes of [..., 32] values with the scale and zero that leave the smallest squared error.
+
+    importance: [32], what each value's squared error counts; all the same without.  Codes have the values' dtype,
+    float32 or float64; scale and zero [...] are bfloat16, the best of those tried.
+    """
+    low, high = groups.amin(-1), groups.amax(-1)
     middle, width = (low + high) / 2, (high - low).clamp_min(1e-12)
     best: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     for part in _SHRINK:
@@ -82,7 +93,8 @@ def _int4(w: Tensor) -> Quantized:
         zero = (middle + scale.float() / 2).to(torch.bfloat16)  # code 8 is half a step above the middle
         step, at = scale.float()[..., None], zero.float()[..., None]
         codes = ((groups - at) / step).round_().add_(8).clamp_(0, 15)
-        error = ((codes - 8) * step + at).sub_(groups).square_().sum(2)
+        errors = ((codes - 8) * step + at).sub_(groups).square_()
+        error = errors.sum(-1) if importance is None else errors @ importance
         if best is None:
             best = (error, codes, scale, zero)
             continue
@@ -94,8 +106,13 @@ def _int4(w: Tensor) -> Quantized:
             torch.where(better, zero, best[3]),
         )
     assert best is not None
-    pairs = best[1].to(torch.uint8).view(len(w), -1, 2)
-    return Quantized(pairs[..., 0] | (pairs[..., 1] << 4), best[2], best[3])
+    return best[1:]
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Return [n_out, n_in] codes of 0 to 15, in any dtype, two to a byte."""
+    pairs = codes.to(torch.uint8).view(len(codes), -1, 2)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
 
 
 def is_quantized(name: str) -> bool:

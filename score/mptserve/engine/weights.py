@@ -13,7 +13,7 @@ from torch import Tensor
 from mptserve.engine.capability import why_no_kernels
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import MPTConfig
-from mptserve.engine.memory import available_bytes
+from mptserve.engine.memory import available_bytes, give_back_freed
 from mptserve.engine.model import MPT, Block, Linear, Norm, PackedLinear, PlainLinear, StepRows, can_pack
 from mptserve.engine.quantization import Quantized, check_quantizable, is_quantized, quantize, weight_bytes
 from mptserve.engine.quantized import Int4Linear, Int8Linear, require_cpu_support
@@ -163,17 +163,8 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
         return make(weight, None) if place.quant is None else make_quantized(quantize(weight, "int8"), None)
 
     def block(i: int) -> Block:
-        at = f"transformer.blocks.{i}"
-        return Block(
-            norm_1=norm(f"{at}.norm_1"),
-            Wqkv=linear(f"{at}.attn.Wqkv"),
-            q_ln=norm(f"{at}.attn.q_ln") if config.qk_ln else None,
-            k_ln=norm(f"{at}.attn.k_ln") if config.qk_ln else None,
-            out_proj=linear(f"{at}.attn.out_proj"),
-            norm_2=norm(f"{at}.norm_2"),
-            up_proj=linear(f"{at}.ffn.up_proj"),
-            down_proj=linear(f"{at}.ffn.down_proj"),
-        )
+        give_back_freed()  # by the block before
+        return build_block(config, i, norm, linear)
 
     with torch.inference_mode():
         on_cpu = place.device.type == "cpu"
@@ -182,8 +173,24 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
         n_tokens = min(n_tokens, config.vocab_size)
         head = wte if config.tie_word_embeddings else tensor("lm_head.weight")
         model = MPT(config, wte, blocks, norm("transformer.norm_f"), head_linear(head[:n_tokens]), n_tokens, rows)
+    give_back_freed()
     progress.done()
     return model
+
+
+def build_block(config: MPTConfig, i: int, norm: Callable[[str], Norm], linear: Callable[[str], Linear]) -> Block:
+    """Return the block number `i`; norm, linear: make a layer of a tensor's published name less its ".weight"."""
+    at = f"transformer.blocks.{i}"
+    return Block(
+        norm_1=norm(f"{at}.norm_1"),
+        Wqkv=linear(f"{at}.attn.Wqkv"),
+        q_ln=norm(f"{at}.attn.q_ln") if config.qk_ln else None,
+        k_ln=norm(f"{at}.attn.k_ln") if config.qk_ln else None,
+        out_proj=linear(f"{at}.attn.out_proj"),
+        norm_2=norm(f"{at}.norm_2"),
+        up_proj=linear(f"{at}.ffn.up_proj"),
+        down_proj=linear(f"{at}.ffn.down_proj"),
+    )
 
 
 def _linear_maker(place: Placement) -> Callable[[Tensor, Tensor | None], Linear]:
