@@ -114,5 +114,9 @@ class BadWeights(StartupError):
     """Tensors are missing, unexpected, of another shape, or a file is cut short."""
 
 
+class BadCalibration(StartupError):
+    """Text to calibrate weights on cannot be read, or is too short."""
+
+
 class DoesNotFit(StartupError):
     """Weights and a minimum of KV cache are larger than the memory that is free."""

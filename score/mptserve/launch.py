@@ -161,7 +161,8 @@ def progress_line(line: str) -> str | None:
         case "engine ready":
             dtype = record["dtype"].removeprefix("torch.")
             if record.get("quant", "none") != "none":
-                dtype = f"{record['quant']} weights in {dtype}"
+                by = " by GPTQ" if record["rounding"] == "gptq" else ""
+                dtype = f"{record['quant']} weights{by} in {dtype}"
             return (
                 f"engine ready: {record['parameters'] / 1e6:,.1f} M parameters, {dtype} on "
                 f"{record['device']}, context {record['max_tokens']} tokens, {record['kv_blocks']} KV blocks"

@@ -7,7 +7,7 @@ from pathlib import Path
 from mptserve.check import RULES, SdkMissing, check_file, yaml_files
 from mptserve.check.skus import Sku, fit, nearest_sku, skus
 from mptserve.engine.checkpoint import find_checkpoint
-from mptserve.engine.config import read_config
+from mptserve.engine.config import MPTConfig, read_config
 from mptserve.errors import StartupError
 
 
@@ -71,7 +71,7 @@ def _fit(folder: Path, name: str | None) -> int:
         if name.lower() not in skus():
             return _cannot(f"{name} is not on Azure's list for online endpoints; did you mean {nearest_sku(name)}?")
         machines = [skus()[name.lower()]]
-    print(f"{config.n_parameters / 1e9:.2f} B parameters, context {config.max_seq_len} tokens\n")
+    print(f"{config.n_parameters / 1e9:.2f} B parameters{_stored(config)}, context {config.max_seq_len} tokens\n")
     print(f"{'machine':<26} {'card':<8} {'dtype':<9} {'weights':>9} {'usable':>9} {'tokens':>10} {'contexts':>9}")
     all_fit = True
     for sku in machines:
@@ -82,6 +82,15 @@ def _fit(folder: Path, name: str | None) -> int:
             print(f"{sku.name:<26} {card:<8} {dtype:<9} {it.weights_gb:>6.1f} GB {it.usable_gb:>6.1f} GB {room}")
         all_fit = all_fit and fit(config, sku, sku.dtypes[0]).fits
     return 0 if name is None or all_fit else 1
+
+
+def _stored(config: MPTConfig) -> str:
+    """Return how a quantised checkpoint came to its weights, "" for a plain one."""
+    if config.quant is None:
+        return ""
+    if config.rounding == "gptq":
+        return f" in {config.quant}, rounded by GPTQ on {config.calibration_tokens:,} tokens of text"
+    return f" in {config.quant}, rounded to the nearest"
 
 
 def _cannot(message: str) -> int:

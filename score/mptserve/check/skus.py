@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from mptserve.engine.config import MPTConfig
+from mptserve.engine.quantization import weight_bytes
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MIN_TOKENS = 2048
@@ -77,7 +78,7 @@ def fit(config: MPTConfig, sku: Sku, dtype: str) -> Fit:
     """Return how `config` fits `sku` in `dtype`, by the arithmetic of the engine's preflight."""
     kv_bytes = BYTES[dtype] if sku.gpu else 4  # keys and values are float32 on a CPU
     return Fit(
-        config.n_parameters * BYTES[dtype] / 1e9,
+        weight_bytes(config, config.quant, BYTES[dtype]) / 1e9,
         config.kv_bytes_per_token(kv_bytes) / 1e9,
         sku.usable_gb,
         config.max_seq_len,

@@ -22,6 +22,7 @@ class MPTConfig:
     """What the forward pass needs to know. Field names are the checkpoint's own.
 
     quant: "int8" or "int4" when the checkpoint's linear layers are stored so (quantization.py), else None.
+    calibration_tokens: of the text for which GPTQ rounded them (gptq.py); 0: they are the nearest codes.
     """
 
     d_model: int
@@ -42,6 +43,12 @@ class MPTConfig:
     model_type: str = "mpt"
     torch_dtype: str = "bfloat16"
     quant: str | None = None
+    calibration_tokens: int = 0
+
+    @property
+    def rounding(self) -> str:
+        """How stored codes were found."""
+        return "gptq" if self.calibration_tokens else "nearest"
 
     @property
     def head_dim(self) -> int:
@@ -123,6 +130,7 @@ def parse_config(raw: dict[str, Any]) -> MPTConfig:
     d_model, n_heads = _int(raw, "d_model"), _int(raw, "n_heads")
     if d_model % n_heads:
         raise UnsupportedModel(f"d_model ({d_model}) must be a multiple of n_heads ({n_heads})")
+    quant, calibration_tokens = _quant(raw)
     by_width = raw.get("logit_scale") == "inv_sqrt_d_model"
     return MPTConfig(
         d_model=d_model,
@@ -141,7 +149,8 @@ def parse_config(raw: dict[str, Any]) -> MPTConfig:
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", True)),
         eos_token_ids=_eos(raw.get("eos_token_id")),
         model_type=model_type,
-        quant=_quant(raw),
+        quant=quant,
+        calibration_tokens=calibration_tokens,
         torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16").removeprefix("torch."),
     )
 
@@ -188,29 +197,33 @@ def _refuse_unsupported(raw: dict[str, Any], attn: dict[str, Any]) -> None:
             raise UnsupportedModel(f"config.json: {name} is {value!r}; this engine computes only {wanted}")
 
 
-def _quant(raw: dict[str, Any]) -> str | None:
-    """Return "int8" or "int4" for a checkpoint of `mptserve quantize`, None for a plain one."""
+def _quant(raw: dict[str, Any]) -> tuple[str | None, int]:
+    """Return `quant` and `calibration_tokens` of MPTConfig; None and 0 for a checkpoint not of `mptserve quantize`."""
     config = raw.get("quantization_config")
     if config is None:
-        return None
+        return None, 0
     method = config.get("quant_method") if isinstance(config, dict) else config
     if method != QUANT_METHOD:
         raise UnsupportedModel(
             f"config.json: quantization_config.quant_method is {method!r}; this engine reads checkpoints of "
             f"`mptserve quantize` ({QUANT_METHOD!r}) and plain ones"
         )
-    for quant, expected in quantization_configs().items():
-        if config == expected:
-            return quant
+    n_tokens = config.get("calibration_tokens", 0)
+    for quant in ("int8", "int4"):
+        if config == quantization_config(quant, n_tokens):
+            return quant, n_tokens
     raise UnsupportedModel(
         f"config.json: quantization_config {config!r} is not one that this version of mptserve writes"
     )
 
 
-def quantization_configs() -> dict[str, dict[str, Any]]:
-    """Return what `mptserve quantize` writes into config.json for each of its methods."""
-    common = {"quant_method": QUANT_METHOD, "version": 1}
-    return {"int8": common | {"bits": 8}, "int4": common | {"bits": 4, "group_size": 32}}
+def quantization_config(quant: str, calibration_tokens: int = 0) -> dict[str, Any]:
+    """Return what `mptserve quantize` writes into config.json for codes of `quant`, as in MPTConfig."""
+    found = {"quant_method": QUANT_METHOD, "version": 1} | {
+        "int8": {"bits": 8},
+        "int4": {"bits": 4, "group_size": 32},
+    }[quant]
+    return found | ({"rounding": "gptq", "calibration_tokens": calibration_tokens} if calibration_tokens else {})
 
 
 def _int(raw: dict[str, Any], name: str) -> int:

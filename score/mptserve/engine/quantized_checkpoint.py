@@ -9,14 +9,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mptserve.engine.calibration import calibrated_weights
 from mptserve.engine.checkpoint import Checkpoint, WeightReader
-from mptserve.engine.config import quantization_configs, read_config
-from mptserve.engine.quantization import check_quantizable, is_quantized, quantize
+from mptserve.engine.config import quantization_config, read_config
+from mptserve.engine.quantization import Quantized, check_quantizable, is_quantized, quantize
 from mptserve.errors import UnsupportedModel
 
 SHARD_BYTES = 2_000_000_000
 """A file is written when it has this much: about what is held in memory beside the tensor at hand."""
 
+_CPU = torch.device("cpu")
 _COMPANIONS = ("*.json", "*.txt", "*.md", "*.jinja", "LICENSE*", "NOTICE*")
 _OF_THE_WEIGHTS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
@@ -27,12 +29,17 @@ def write_quantized(
     method: str,
     progress: Callable[[int, int], None] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    calibration: Tensor | None = None,
+    device: torch.device = _CPU,
 ) -> None:
     """Write `checkpoint` in `method` ("int8", "int4") into the folder `out`, which must be empty or absent.
 
-    progress: called with tensors done and in all. The config is written last: an interrupted folder is no checkpoint.
+    progress: called with tensors done and in all.  calibration: [n, T] token ids, n texts for which "int4" is rounded
+    by GPTQ, on `device` (calibration.py); without it weights are rounded to the nearest code. The config is written
+    last: an interrupted folder is no checkpoint.
     Raises UnsupportedModel for a checkpoint that is quantised already, BadWeights for one that is damaged.
     """
+    assert calibration is None or method == "int4"
     config = read_config(checkpoint.folder)
     if config.quant is not None:
         raise UnsupportedModel(f"{checkpoint.folder} holds {config.quant} weights already; start from the original")
@@ -42,21 +49,34 @@ def write_quantized(
     reader = WeightReader(checkpoint.folder, config)
     out.mkdir(parents=True, exist_ok=True)
 
+    done = 0
+
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, len(reader.names))
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for done, name in enumerate(reader.names):
-            yield from _stored(name, reader.read(name), method)
-            if progress is not None:
-                progress(done + 1, len(reader.names))
+        rounded = None if calibration is None else calibrated_weights(reader, config, calibration, device, one_more)
+        for name in reader.names:
+            if rounded is not None and is_quantized(name):
+                found, codes = next(rounded)
+                assert found == name
+                yield from _named(name, codes)
+            else:
+                yield from _stored(name, reader.read(name), method)
+                one_more()
 
     with torch.inference_mode():
-        _write_shards(out, tensors(), shard_bytes)
+        write_shards(out, tensors(), shard_bytes)
     for pattern in _COMPANIONS:
         for path in checkpoint.folder.glob(pattern):
             if path.name not in _OF_THE_WEIGHTS:
                 shutil.copyfile(path, out / path.name)
     shutil.copyfile(checkpoint.tokenizer, out / "tokenizer.json")
     raw = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-    raw["quantization_config"] = quantization_configs()[method]
+    raw["quantization_config"] = quantization_config(method, 0 if calibration is None else calibration.numel())
     (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
@@ -66,14 +86,18 @@ def _stored(name: str, tensor: Tensor, method: str) -> Iterator[tuple[str, Tenso
         wide = len(tensor.shape) == 2 and tensor.dtype == torch.float32
         yield name, (tensor.to(torch.bfloat16) if wide else tensor).contiguous()
         return
-    codes = quantize(tensor, method)
+    yield from _named(name, quantize(tensor, method))
+
+
+def _named(name: str, codes: Quantized) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one weight under their names in the file."""
     yield name, codes.codes
     yield f"{name}_scale", codes.scale
     if codes.zero is not None:
         yield f"{name}_zero", codes.zero
 
 
-def _write_shards(out: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
+def write_shards(out: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
     """Write tensors to files of about shard_bytes, and an index if there are several."""
     files: list[Path] = []
     where: dict[str, int] = {}

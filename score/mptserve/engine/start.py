@@ -80,6 +80,7 @@ def start_engine(
                 "device": str(place.device),
                 "dtype": str(place.dtype),
                 "quant": place.quant or "none",
+                "rounding": config.rounding if place.quant else "none",
                 "parameters": config.n_parameters,
                 "max_tokens": engine.max_tokens,
                 "kv_blocks": engine.scheduler.cache.n_blocks,
