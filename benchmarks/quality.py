@@ -1,14 +1,17 @@
 """What 8-bit and 4-bit weights cost in quality: logit error, KL divergence and perplexity beside the float32 model.
 
-python benchmarks/quality.py [--model DIR] [--text FILE] [--tokens N]
+python benchmarks/quality.py [--model DIR] [--text FILE] [--tokens N] [--calibrate FILE] [--calibration-tokens N ...]
 
 Text is read in windows of the model's context (at most 512 tokens), every token predicted from those before it in its
 window. Without --text the float32 model writes some at temperature 1: it knows no text better, so that any error shows.
+GPTQ is calibrated on --calibrate, which must be other text; without it on what the model writes with other seeds.
 Also a random layer as wide as MPT-7B's: the error of one matrix product.
 """
 
 import argparse
 import math
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,16 +22,22 @@ from mptserve.engine import Job, SamplingParams
 from mptserve.engine.attention import Chunk, SlotAttention
 from mptserve.engine.checkpoint import WeightReader, find_checkpoint
 from mptserve.engine.config import MPTConfig, read_config
+from mptserve.engine.gptq import quantize_gptq, second_moment
 from mptserve.engine.kv_cache import SlotCache
-from mptserve.engine.model import MPT, StepRows
+from mptserve.engine.model import MPT, Linear, StepRows
 from mptserve.engine.quantization import quantize
 from mptserve.engine.quantized import Int4Linear, Int8Linear
+from mptserve.engine.quantized_checkpoint import write_quantized
 from mptserve.engine.sequence import Sequence
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.engine.weights import Placement, load_model
+from mptserve.quantize import calibration_windows
 from mptserve.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
+START = "Once upon a time"
+OTHER_SEEDS = 1_000_000
+"""From here on: of the text that is calibrated on."""
 WAYS: dict[str, tuple[torch.dtype, str | None, bool]] = {
     "bfloat16": (torch.bfloat16, None, False),
     "int8": (torch.float32, "int8", False),
@@ -43,6 +52,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(__file__).parent.parent / "samples" / "mpt-8m")
     parser.add_argument("--text", type=Path, help="UTF-8 text; without it the model writes some")
     parser.add_argument("--tokens", type=int, default=4096, help="how much of it")
+    parser.add_argument("--calibrate", type=Path, help="UTF-8 text for GPTQ; without it the model writes some")
+    parser.add_argument(
+        "--calibration-tokens", type=int, nargs="+", default=[2048, 8192, 32768], help="how much of it: a row each"
+    )
     args = parser.parse_args()
     checkpoint = find_checkpoint(args.model)
     config, tokenizer = read_config(checkpoint.folder), Tokenizer(checkpoint.tokenizer)
@@ -52,6 +65,12 @@ def main() -> None:
         if args.text
         else own_text(checkpoint.folder, config, tokenizer, args.tokens, width)
     )
+    most = max(args.calibration_tokens)
+    if args.calibrate:
+        calibration = calibration_windows(args.calibrate, most, checkpoint)
+    else:
+        own = own_text(checkpoint.folder, config, tokenizer, most, width, OTHER_SEEDS)
+        calibration = torch.tensor(own).view(-1, width)
     windows = [ids[i : i + width] for i in range(0, min(len(ids), args.tokens) - 1, width)]
     exact = logits_of(load(checkpoint.folder, config, tokenizer, torch.float32, None), windows, False)
     print(f"{sum(len(w) - 1 for w in windows)} predictions; perplexity in float32: {perplexity(exact, windows):.3f}\n")
@@ -61,6 +80,15 @@ def main() -> None:
     for name, (dtype, quant, direct) in WAYS.items():
         found = logits_of(load(checkpoint.folder, config, tokenizer, dtype, quant), windows, direct)
         print_row(name, exact, found, windows)
+    for n_tokens in args.calibration_tokens:
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "int4"
+            write_quantized(checkpoint, folder, "int4", calibration=calibration[: n_tokens // width])
+            stored = read_config(folder)
+            for name in ("int4, long prompts", "int4, decoding"):
+                dtype, quant, direct = WAYS[name]
+                found = logits_of(load(folder, stored, tokenizer, dtype, quant), windows, direct)
+                print_row(f"{name}, GPTQ on {stored.calibration_tokens:,} tokens", exact, found, windows)
     layer_errors()
 
 
@@ -69,13 +97,15 @@ def load(folder: Path, config: MPTConfig, tokenizer: Tokenizer, dtype: torch.dty
     return load_model(WeightReader(folder, config), config, place, tokenizer.n_tokens)
 
 
-def own_text(folder: Path, config: MPTConfig, tokenizer: Tokenizer, n_tokens: int, width: int) -> list[int]:
+def own_text(
+    folder: Path, config: MPTConfig, tokenizer: Tokenizer, n_tokens: int, width: int, first_seed: int = 0
+) -> list[int]:
     """Return texts that the model writes in float32 after a story's usual first words, one per window."""
     options = EngineOptions(device="cpu", dtype="float32", max_rows=8, kv_cache_gb=0.5)
     engine = start_engine(folder, config, tokenizer.n_tokens, options)
-    start = tokenizer.encode("Once upon a time")
+    start = tokenizer.encode(START)
     params = [
-        SamplingParams(max_new_tokens=width - len(start), temperature=1.0, seed=i, ignore_eos=True)
+        SamplingParams(max_new_tokens=width - len(start), temperature=1.0, seed=first_seed + i, ignore_eos=True)
         for i in range(math.ceil(n_tokens / width))
     ]
     running = engine.submit_all(Job(start, p) for p in params)
@@ -118,19 +148,40 @@ def print_row(name: str, exact: list[Tensor], found: list[Tensor], windows: list
 
 
 def layer_errors() -> None:
-    """Print the relative error of one product with a random layer as wide as MPT-7B's, one input column 20 times."""
-    weight, x = torch.randn(2048, 4096) / 64, torch.randn(64, 4096)
-    outlier = x.clone()
-    outlier[:, 7] *= 20
-    print("\n| random layer, 4096 inputs | plain input | with an outlier column |\n|---|---:|---:|")
+    """Print the relative error of one product with a random layer as wide as MPT-7B's, for several kinds of inputs."""
+    n_in = 4096
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2048, n_in, generator=generator) / n_in**0.5
+    # Inputs whose variance falls off over directions that have nothing to do with the inputs' own axes, by a power
+    # law, as hidden states' does.
+    rotation = torch.linalg.qr(torch.randn(n_in, n_in, generator=generator))[0]
+    falling = torch.arange(1, n_in + 1).pow(-0.5)[:, None] * rotation
+    outlier = torch.ones(n_in).index_fill_(0, torch.tensor([7]), 20.0)
+
+    def plain(n: int) -> Tensor:
+        return torch.randn(n, n_in, generator=generator)
+
+    kinds: list[Callable[[int], Tensor]] = [plain, lambda n: plain(n) * outlier, lambda n: plain(n) @ falling]
     eight, four = quantize(weight, "int8"), quantize(weight, "int4")
-    for name, layer in (
-        ("int8", Int8Linear(eight)),
-        ("int4, long prompts", Int4Linear(four, None, StepRows())),
-        ("int4, decoding", Int4Linear(four, None, StepRows(64))),
-    ):
-        errors = [float((layer(i) - i @ weight.T).norm() / (i @ weight.T).norm()) for i in (x, outlier)]
-        print(f"| {name} | {errors[0]:.4f} | {errors[1]:.4f} |", flush=True)
+    rows: list[tuple[str, Callable[[Tensor], Linear]]] = [
+        ("int8", lambda _: Int8Linear(eight)),
+        ("int4, long prompts", lambda _: Int4Linear(four, None, StepRows())),
+        ("int4, decoding", lambda _: Int4Linear(four, None, StepRows(64))),
+        (
+            "int4, decoding, GPTQ on 16,384 rows",
+            lambda moment: Int4Linear(quantize_gptq(weight, moment), None, StepRows(64)),
+        ),
+    ]
+    print("\n| random layer, 4096 inputs | plain input | with an outlier column | correlated |\n|---|---:|---:|---:|")
+    with torch.inference_mode():
+        moments = [second_moment(kind(16384)) for kind in kinds]
+        fresh = [kind(64) for kind in kinds]
+        for name, make in rows:
+            errors = []
+            for x, moment in zip(fresh, moments, strict=True):
+                exact = x @ weight.T
+                errors.append(f"{float((make(moment)(x) - exact).norm() / exact.norm()):.4f}")
+            print(f"| {name} | {' | '.join(errors)} |", flush=True)
 
 
 if __name__ == "__main__":
