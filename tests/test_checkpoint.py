@@ -347,3 +347,18 @@ def test_no_weights_at_all_are_all_missing(tmp_path):
     assert bad(tmp_path).startswith(
         f"20 tensors in {tmp_path} do not fit its config.json:\n  missing transformer.wte.weight"
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_file_counts_as_memory_only_while_a_tensor_of_it_is_in_use(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, tiny_config())
+    reader = WeightReader(tmp_path, read_config(tmp_path))
+
+    def mapped() -> bool:
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    assert not mapped()
+    tensor = reader.read("transformer.wte.weight")
+    assert mapped()
+    del tensor
+    assert not mapped()

@@ -1,5 +1,6 @@
 """How much memory and how many cores there are: the machine's, or the container's where that is less."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from mptserve.engine import memory
-from mptserve.engine.memory import available_bytes, available_cores
+from mptserve.engine.memory import available_bytes, available_cores, give_back_freed
 
 CPU = torch.device("cpu")
 MACHINE = 10**12
@@ -96,3 +97,18 @@ def test_machine_that_does_not_say_what_is_free_has_half(monkeypatch):
 
     monkeypatch.setattr(Path, "read_text", no_file)
     assert memory._machine_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_freed_memory_below_what_is_in_use_goes_back_to_the_system() -> None:
+    """As when layers are laid out anew: what is freed lies between what stays."""
+    kept = [torch.ones(25_000) for _ in range(2_000)][::20]  # 100 kB each, which come from the heap
+    before = anonymous_bytes()
+    give_back_freed()
+    assert before - anonymous_bytes() > 100e6
+    assert len(kept) == 100
+
+
+def anonymous_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))

@@ -40,6 +40,7 @@ def test_a_written_checkpoint_equals_quantising_at_load_time(
     write_quantized(Checkpoint(source, source / "tokenizer.json"), target, method, shard_bytes=100_000)
     assert len(weight_files(target)) > 1
     assert not list(target.glob("*.partial"))
+    assert {path.stat().st_mode for path in weight_files(target)} == {(source / "config.json").stat().st_mode}
     assert read_config(target).quant == method
     assert torch.equal(logits(target, method), logits(source, method))
 

@@ -34,7 +34,7 @@ def generated(capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
     return texts
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_the_setting_alone_gives_the_same_text_at_every_door(
     quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -42,7 +42,7 @@ def quantize_gptq(weight: Tensor, moment: Tensor) -> Quantized:
     order = _order(moment.diagonal())
     dtype = torch.promote_types(weight.dtype, torch.float32)
     w = weight.to(dtype).T[order]  # [n_in, n_out], a copy: its rows are updated
-    factor = _inverse_factor(moment[order[:, None], order]).to(dtype)
+    factor = _inverse_factor(moment, order).to(dtype)
     codes = torch.empty_like(w, dtype=torch.uint8)
     scale = torch.empty(n_in // GROUP, n_out, dtype=torch.bfloat16, device=w.device)
     zero = torch.empty_like(scale)
@@ -75,16 +75,21 @@ def _order(squares: Tensor) -> Tensor:
     return (of_groups[:, None] * GROUP + within[of_groups]).flatten()
 
 
-def _inverse_factor(moment: Tensor) -> Tensor:
-    """Return the upper triangular U with UᵀU = H⁻¹ for the damped moment H, which is made of `moment` in place.
+def _inverse_factor(moment: Tensor, order: Tensor) -> Tensor:
+    """Return the upper triangular U with UᵀU = H⁻¹, for H the moment of inputs taken in `order`, damped.
 
     Its row i says how an error in input i is made good by those after it once all before it are fixed (the paper's
-    "Cholesky reformulation"). U is the inverse of the M in H = M Mᵀ, upper triangular too: a Cholesky factor from the
-    last input to the first. So H⁻¹ itself, the paper's way to U, is never made.
+    "Cholesky reformulation"). With the inputs taken backwards H = L Lᵀ, so that L⁻¹ turned around is U: H⁻¹ itself, the
+    paper's way to U, is never made.
     """
-    diagonal = moment.diagonal()
+    backwards = order.flip(0)
+    h = moment[backwards[:, None], backwards]
+    diagonal = h.diagonal()
     diagonal += DAMPING * diagonal.mean()
     diagonal[diagonal == 0] = 1  # nothing ever came in: any positive number rounds to the nearest
-    m = torch.linalg.cholesky(moment.flip(0, 1)).flip(0, 1)
-    factor: Tensor = torch.linalg.solve_triangular(m, torch.eye(len(m), dtype=m.dtype, device=m.device), upper=True)
-    return factor
+    lower = torch.linalg.cholesky(h)
+    del h  # for the widest layer of a 7B model each of these takes 2 GB
+    inverse: Tensor = torch.linalg.solve_triangular(
+        lower, torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=False
+    )
+    return inverse.flip(0, 1)

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mptserve.engine.calibration import calibrated_weights
-from mptserve.engine.checkpoint import Checkpoint, WeightReader
+from mptserve.engine.checkpoint import Checkpoint, WeightReader, weight_files
 from mptserve.engine.config import quantization_config, read_config
 from mptserve.engine.quantization import Quantized, check_quantizable, is_quantized, quantize
 from mptserve.errors import UnsupportedModel
@@ -70,6 +70,8 @@ def write_quantized(
 
     with torch.inference_mode():
         write_shards(out, tensors(), shard_bytes)
+    for path in weight_files(out):
+        shutil.copymode(checkpoint.folder / "config.json", path)  # safetensors lets nobody but the owner read
     for pattern in _COMPANIONS:
         for path in checkpoint.folder.glob(pattern):
             if path.name not in _OF_THE_WEIGHTS:
