@@ -247,3 +247,17 @@ def test_text_that_cannot_serve_is_refused_with_its_sizes(
     assert main(["quantize", str(EMBEDDED), str(tmp_path / "out"), "--calibrate", str(path), *options]) == 1
     assert capsys.readouterr().err == f"mptserve: {message.format(path=path)}\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_options_of_calibration_alone_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in (["--calibration-tokens", "4096"], ["--device", "cpu"]):
+        assert main(["quantize", str(EMBEDDED), str(tmp_path / "out"), "--quant", "int4", *option]) == 1
+        assert "go with `--calibrate`, which names the text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quantize", str(EMBEDDED), str(tmp_path / "out"), "--calibrate", "any.txt", "--device", "cuda"]
+    assert main(command) == 1
+    assert capsys.readouterr().err == "mptserve: `--device` is cuda, but PyTorch finds no usable GPU\n"

@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # PyTorch, which other commands can do without
 WINDOW = 512
 """Tokens of calibration text that see each other, where the model's context has room for so many."""
 
+N_TOKENS = 65536
+"""Of calibration text, unless said otherwise: four times the inputs of MPT-7B's widest layer."""
+
 MIN_TOKENS = 2048
 """Fewer tell nothing of a layer's inputs that would be true of other text."""
 
@@ -37,9 +40,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="UTF-8 text such as the model will see: 4-bit weights are rounded for it (GPTQ), which takes longer",
     )
     command.add_argument(
-        "--calibration-tokens", type=int, default=65536, metavar="N", help="how much of it, from its start"
+        "--calibration-tokens", type=int, metavar="N", help=f"how much of it, from its start; default {N_TOKENS}"
     )
-    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where calibration runs")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="where calibration runs; default cpu")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,10 +60,14 @@ def run(args: argparse.Namespace) -> int:
         if args.calibrate is not None:
             if quant != "int4":
                 raise BadCalibration("`--calibrate` is for 4-bit weights; 8 bits lose too little for it to matter")
-            windows = calibration_windows(args.calibrate, args.calibration_tokens, checkpoint)
-        write_quantized(
-            checkpoint, args.target, quant, _Progress(), calibration=windows, device=torch.device(args.device)
-        )
+            if args.device == "cuda" and not torch.cuda.is_available():
+                raise BadCalibration("`--device` is cuda, but PyTorch finds no usable GPU")
+            n_tokens = N_TOKENS if args.calibration_tokens is None else args.calibration_tokens
+            windows = calibration_windows(args.calibrate, n_tokens, checkpoint)
+        elif args.calibration_tokens is not None or args.device is not None:
+            raise BadCalibration("`--calibration-tokens` and `--device` go with `--calibrate`, which names the text")
+        device = torch.device(args.device or "cpu")
+        write_quantized(checkpoint, args.target, quant, _Progress(), calibration=windows, device=device)
     except (StartupError, OSError) as exc:
         print(f"mptserve: {exc}", file=sys.stderr)
         return 1
