@@ -58,9 +58,11 @@ def foundry_logits(
         pieces, some_queries = [], max(_SCORES // (heads * n), 1)
         for some, where in zip(q.split(some_queries, dim=1), asked.split(some_queries), strict=True):
             seen = int(where.max()) + 1
-            distance = position[:seen] - where[:, None]  # key - query
-            bias = (slope * distance).masked_fill(distance > 0, -math.inf)
-            weights = torch.softmax(some @ rearrange(k[:, :seen], "h t e -> h e t") * scale + bias, dim=-1)
+            bias = slope * (position[:seen] - where[:, None])  # key - query
+            scores = torch.baddbmm(bias, some * scale, rearrange(k[:, :seen], "h t e -> h e t"))
+            first = int(where.min()) + 1  # where the first key may be that some query must not see
+            scores[..., first:].masked_fill_(position[first:seen] > where[:, None], -math.inf)
+            weights = torch.softmax(scores, dim=-1)
             pieces.append(weights @ v[:, :seen])
         x = x + linear(rearrange(torch.cat(pieces, dim=1), "h t e -> t (h e)"), f"{block}.attn.out_proj")
         up = linear(norm(x, f"{block}.norm_2"), f"{block}.ffn.up_proj")

@@ -53,7 +53,7 @@ def long_door() -> Iterator[Door]:
         yield running
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_score_and_v1_take_prompts_beyond_the_checkpoints_context_by_the_setting_alone(long_door: Door) -> None:
     port = long_door.port
     scored = post(port, request(STORY, max_new_tokens=8, **GREEDY))
@@ -66,7 +66,7 @@ def test_score_and_v1_take_prompts_beyond_the_checkpoints_context_by_the_setting
     assert get(port, "/v1/models").json["data"][0]["max_model_len"] == 4096
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_score_and_v1_say_the_counts_beyond_the_setting(long_door: Door) -> None:
     port = long_door.port
     whole = post(port, request(STORY, max_new_tokens=ROOM + 1))

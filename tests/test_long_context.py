@@ -7,11 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import Tiny, generate, load_tiny, make_engine, random_ids
+from engines import Tiny, generate, load_tiny, make_engine, random_ids, sequence
 from foundry import foundry_logits
-from mptserve.engine import Job, SamplingParams, attention
+from mptserve.engine import Job, SamplingParams, windows
+from mptserve.engine.attention import Chunk, SlotAttention
+from mptserve.engine.config import parse_config
+from mptserve.engine.kv_cache import SlotCache
 from mptserve.engine.model import MPT, alibi_slopes
-from mptserve.engine.windows import WINDOWED_FROM, note_norms, windows
+from mptserve.engine.windows import WINDOWED_FROM, first_keys, note_norms
 from tiny import tiny_config
 
 STEEP: dict[str, Any] = {"alibi_bias_max": 8}
@@ -37,8 +40,8 @@ class Watched:
         return self.model.logits(hidden if at is None else hidden[at])
 
 
-def long_tiny(folder: Path, n: int, changes: dict[str, Any], n_heads: int = 4) -> Tiny:
-    return load_tiny(folder, tiny_config(max_seq_len=n, n_layers=2, n_heads=n_heads, **changes))
+def long_tiny(folder: Path, n: int, changes: dict[str, Any]) -> Tiny:
+    return load_tiny(folder, tiny_config(max_seq_len=n, n_layers=2, n_heads=2, **changes))
 
 
 def greedy(tiny: Tiny, prompt: list[int], n_new: int, **options: Any) -> list[int]:
@@ -60,7 +63,7 @@ def test_keys_left_out_weigh_less_than_float32_can_show(n_heads: int, bias_max: 
     whole = (n - 1) // 32 * 32
     norms = torch.zeros(n // 32 + 1, n_heads)
     note_norms(norms, keys[:whole].transpose(0, 1), 0)
-    calls = windows(q, keys[-1:], norms[whole // 32 - 1], n - 1, slopes, scale)
+    calls = first_keys(q, keys[-1:], norms[whole // 32 - 1], n - 1, slopes, scale)
     assert [h for call, _ in calls for h in range(n_heads)[call]] == list(range(n_heads))
     scores = torch.einsum("qhd,shd->hs", q.double(), keys.double()) * scale
     scores += slopes.double()[:, None] * (torch.arange(n) - (n - 1))
@@ -75,22 +78,22 @@ def test_keys_left_out_weigh_less_than_float32_can_show(n_heads: int, bias_max: 
 def test_a_window_reaches_the_own_block_and_all_keys_when_scores_are_not_numbers() -> None:
     q = torch.ones(3, 16, 16)
     slopes, far = torch.full((16,), 100.0), torch.zeros(16)
-    assert windows(q, q, far, 5000, slopes, 1.0) == [(slice(0, 16), 4992)]
+    assert first_keys(q, q, far, 5000, slopes, 1.0) == [(slice(0, 16), 4992)]
     far[9] = torch.nan
-    assert windows(q, q, far, 5000, slopes, 1.0) == [(slice(0, 8), 4992), (slice(8, 16), 0)]
-    assert windows(q, q, torch.full((16,), torch.inf), 5000, slopes, 1.0) == [(slice(0, 16), 0)]
+    assert first_keys(q, q, far, 5000, slopes, 1.0) == [(slice(0, 8), 4992), (slice(8, 16), 0)]
+    assert first_keys(q, q, torch.full((16,), torch.inf), 5000, slopes, 1.0) == [(slice(0, 16), 0)]
 
 
 def test_the_windows_of_a_tile_are_those_of_its_widest_query() -> None:
     torch.manual_seed(1)
     q, k, slopes = torch.randn(32, 16, 16), torch.randn(32, 16, 16), alibi_slopes(16, 8)
 
-    def first_keys(calls: list[tuple[slice, int]]) -> list[int]:
+    def by_head(calls: list[tuple[slice, int]]) -> list[int]:
         return [first for heads, first in calls for _ in range(16)[heads]]
 
     k_norm = torch.full((16,), 6.0)
-    alone = [first_keys(windows(q[i : i + 1], k[i : i + 1], k_norm, 8000 + i, slopes, 0.25)) for i in range(32)]
-    assert first_keys(windows(q, k, k_norm, 8000, slopes, 0.25)) == [min(each) for each in zip(*alone, strict=True)]
+    alone = [by_head(first_keys(q[i : i + 1], k[i : i + 1], k_norm, 8000 + i, slopes, 0.25)) for i in range(32)]
+    assert by_head(first_keys(q, k, k_norm, 8000, slopes, 0.25)) == [min(each) for each in zip(*alone, strict=True)]
 
 
 def test_largest_norms_do_not_depend_on_chunks() -> None:
@@ -105,6 +108,29 @@ def test_largest_norms_do_not_depend_on_chunks() -> None:
     torch.testing.assert_close(whole.double(), want, rtol=1e-6, atol=0)
 
 
+def test_decoding_and_prompts_do_not_read_what_cannot_matter() -> None:
+    """The far past is poisoned: a head that read it would answer NaN. The windows of these slopes end before it."""
+    torch.manual_seed(3)
+    config = parse_config(tiny_config(n_layers=1, n_heads=8, d_model=128, alibi_bias_max=4, max_seq_len=4096))
+    cache = SlotCache(config, 128, 1, 4096)
+    slots, slopes = SlotAttention(config, cache), alibi_slopes(8, 4).double()
+    seq = sequence([1] * 4000, max_new_tokens=1)
+    assert cache.acquire(seq)
+    past = torch.randn(2, 8, 3968, 16)
+    cache.kv[0, :, 0, :, :3968] = past
+    note_norms(cache.k_norms[0, 0], past[0], 0)
+    cache.kv[0, :, 0, :, :2048] = torch.nan
+    for start, n, plan in ((3968, 20, slots.plan([], [Chunk(seq, 3968, 20)])), (3968, 1, None)):
+        seq.n_computed = start
+        q, kv = torch.randn(n, 8, 16), torch.randn(n, 2, 8, 16)
+        got = (plan or slots.plan([seq], []))(0, q, kv)
+        keys, values = torch.cat((past, kv.permute(1, 2, 0, 3)), dim=2).double()
+        u = torch.arange(start + n) - torch.arange(start, start + n)[:, None]
+        scores = torch.einsum("qhd,hsd->hqs", q.double(), keys) * config.scale + slopes[:, None, None] * u
+        want = torch.einsum("hqs,hsd->qhd", scores.masked_fill(u > 0, -torch.inf).softmax(-1), values)
+        torch.testing.assert_close(got.double(), want.flatten(1), atol=2e-6, rtol=0)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Twelve heads: two groups with windows of their own, the second of odd heads."""
@@ -113,9 +139,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 def test_windows_change_logits_by_no_more_than_their_order_of_sums(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt, found = random_ids(3000, seed=1), []
+    prompt, found = random_ids(2330, seed=1), []
     for limit in (WINDOWED_FROM, 10**9):
-        monkeypatch.setattr(attention, "WINDOWED_FROM", limit)
+        monkeypatch.setattr(windows, "WINDOWED_FROM", limit)
         with monkeypatch.context() as patch:
             watched = Watched(tiny.model, patch)
             out = greedy(tiny, prompt, 40)
@@ -127,6 +153,7 @@ def test_windows_change_logits_by_no_more_than_their_order_of_sums(tiny: Tiny, m
     assert not torch.equal(some, all_), "nothing was left out"
 
 
+@pytest.mark.long
 def test_long_rows_equal_themselves_in_any_company_and_any_chunks(tiny: Tiny) -> None:
     """Alone in one chunk size, and together in another: decoding rows on both sides of the limit, prompts around it,
     a prefix that another's windows have already crossed, and too little room for all at once."""
@@ -153,21 +180,29 @@ def test_long_rows_equal_themselves_in_any_company_and_any_chunks(tiny: Tiny) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [STEEP, STORYWRITER], ids=["bias_max 8", "StoryWriter"])
 def test_65536_tokens_equal_float64(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    """The prompt in chunks of 512 and of 2,048, then eight tokens decoded, against a sum over every pair of tokens.
+    """A prompt in chunks, then eight tokens decoded, against a sum over every pair of tokens.
 
-    1e-4 of logits that reach 10: float32 adds up 65,536 terms, and the slopes are those of two heads, the flattest
-    2^-16, so the last token of StoryWriter's kind still feels the first.
+    1e-4 of logits that reach 10: float32 adds up 65,536 terms. The slopes are those of two heads, the flatter one 2^-8,
+    or 2^-16 as StoryWriter has it, where the last token still feels the first.
     """
     n, n_new = 65_536, 8
-    tiny = long_tiny(tmp_path, n + n_new, changes, n_heads=2)
+    tiny = long_tiny(tmp_path, n + n_new, changes)
     prompt = random_ids(n, seed=3)
     watched = Watched(tiny.model, monkeypatch)
     out = greedy(tiny, prompt, n_new)
+    torch.set_num_threads(1)  # the reference's operations are short, and on busy machines threads wait for each other
     at = [0, 31, 511, 2047, 2048, 8191, 16_384, 30_001, 50_000, 65_504, *range(n - 1, n + n_new - 1)]
     want = foundry_logits(tiny.raw, tiny.tensors, prompt + out[:-1], at)
     torch.testing.assert_close(watched.logits(at).double(), want, atol=1e-4, rtol=1e-4)
     assert want[-n_new:].argmax(-1).tolist() == out
-    with monkeypatch.context() as patch:
-        again = Watched(tiny.model, patch)
-        assert greedy(tiny, prompt, n_new, prefill_tokens=2048) == out
-    assert torch.equal(again.logits()[: n + n_new - 1], watched.logits()[: n + n_new - 1])
+
+
+@pytest.mark.slow
+def test_65536_tokens_have_the_same_bits_in_chunks_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny, prompt, found = long_tiny(tmp_path, 65_544, STEEP), random_ids(65_536, seed=3), []
+    for prefill_tokens in (512, 2048):
+        with monkeypatch.context() as patch:
+            watched = Watched(tiny.model, patch)
+            found.append((greedy(tiny, prompt, 8, prefill_tokens=prefill_tokens), watched.logits()))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])

@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mptserve.engine import windows
 from mptserve.engine.config import MPTConfig
 from mptserve.engine.kv_cache import SlotCache
 from mptserve.engine.model import alibi_slopes
 from mptserve.engine.sequence import BLOCK, Sequence
-from mptserve.engine.windows import WINDOWED_FROM, note_norms, windows
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ class SlotPlan:
         for chunk in chunks:
             for t in range(0, chunk.n, BLOCK):
                 start, slot = chunk.start + t, chunk.seq.slot
-                of = slot if start + BLOCK > WINDOWED_FROM else -1
+                of = slot if start + BLOCK > windows.WINDOWED_FROM else -1
                 alike.setdefault((start, of), []).append((slot, first + t, min(BLOCK, chunk.n - t)))
             first += chunk.n
         self.tiles = [_tiles(start, tiles, attention.tile_bias(start)) for (start, _), tiles in alike.items()]
         # (slot, first block, blocks) that this step makes whole, where windows may ever be asked for.
         self.whole: list[tuple[int, int, int]] = []
-        if attention.cache.max_tokens > WINDOWED_FROM:
+        if attention.cache.max_tokens > windows.WINDOWED_FROM:
             self.whole = [(s.slot, s.n_computed // BLOCK, 1) for s in decodes if (s.n_computed + 1) % BLOCK == 0]
             self.whole += [(c.seq.slot, c.start // BLOCK, c.n // BLOCK) for c in chunks if c.n >= BLOCK]
         # Short chunks are written together with the decoding rows, long ones in one piece each.
@@ -163,7 +163,7 @@ class SlotPlan:
             piece = kv[first : first + chunk.n].permute(1, 2, 0, 3)
             cache[:, chunk.seq.slot, :, chunk.start : chunk.start + chunk.n] = piece
         for slot, block, n in self.whole:
-            note_norms(self.k_norms[layer, slot], cache[0, slot, :, block * BLOCK : (block + n) * BLOCK], block)
+            windows.note_norms(self.k_norms[layer, slot], cache[0, slot, :, block * BLOCK : (block + n) * BLOCK], block)
         k = kv[:, 0]
         if len(self.rows) == 1 and len(q) == self.n_decodes:
             out = self._decode(layer, self.rows[0], q, k)
@@ -178,7 +178,7 @@ class SlotPlan:
     def _decode(self, layer: int, rows: _Rows, q: Tensor, k: Tensor) -> Tensor:
         n, (_, heads, head_dim), queries = rows.b - rows.a, q.shape, q[rows.a : rows.b]
         kv = self.cache[layer][:, rows.slot : rows.slot + n, :, : rows.n_keys].flatten(1, 2)
-        if rows.n_keys <= WINDOWED_FROM:
+        if rows.n_keys <= windows.WINDOWED_FROM:
             return self._attend(kv, queries.reshape(-1, head_dim), rows.bias).view(n, heads, head_dim)
         calls = self._windows(layer, rows.slot, rows.position, queries, k[rows.a : rows.b])
         pieces = [self._attend(kv[:, h, first:], queries[0, h], rows.bias[h, first:]) for h, first in calls]
@@ -199,7 +199,7 @@ class SlotPlan:
         queries = q[tiles.queries].unflatten(0, (-1, BLOCK)).transpose(1, 2)  # [C, H, 32, D]
         bias = tiles.bias.expand(len(slots), -1, -1, -1)
         calls = [(slice(None), 0)]
-        if n_keys > WINDOWED_FROM:
+        if n_keys > windows.WINDOWED_FROM:
             calls = self._windows(layer, slots[0], tiles.start, q[tiles.tokens], k[tiles.tokens])
         pieces = [
             F.scaled_dot_product_attention(
@@ -215,7 +215,7 @@ class SlotPlan:
 
     def _windows(self, layer: int, slot: int, start: int, q: Tensor, k: Tensor) -> list[tuple[slice, int]]:
         k_norm = self.k_norms[layer, slot, start // BLOCK - 1]
-        return windows(q, k, k_norm, start, self.slopes, self.scale)
+        return windows.first_keys(q, k, k_norm, start, self.slopes, self.scale)
 
 
 def _tiles(start: int, tiles: list[tuple[int, int, int]], bias: Tensor) -> _Tiles:
@@ -247,7 +247,7 @@ def _groups(decodes: Seq[Sequence], key_step: int, tokens_per_call: int) -> list
             a, _, most = groups[-1]
             together = max(most, n_keys)
             waste = (together - most) * (i - a) + together - n_keys
-            if waste <= tokens_per_call and together <= WINDOWED_FROM:
+            if waste <= tokens_per_call and together <= windows.WINDOWED_FROM:
                 groups[-1] = (a, i + 1, together)
                 continue
         groups.append((i, i + 1, n_keys))

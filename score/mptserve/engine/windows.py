@@ -38,7 +38,9 @@ def note_norms(running: Tensor, keys: Tensor, first_block: int) -> None:
     running[first_block : first_block + keys.shape[1] // BLOCK] = last[1:] if first_block else last
 
 
-def windows(q: Tensor, k: Tensor, k_norm: Tensor, start: int, slopes: Tensor, scale: float) -> list[tuple[slice, int]]:
+def first_keys(
+    q: Tensor, k: Tensor, k_norm: Tensor, start: int, slopes: Tensor, scale: float
+) -> list[tuple[slice, int]]:
     """Return (heads, first key) of the calls that attention needs for queries start … start + n - 1 of one block.
 
     q, k: [n, H, D], the queries and their own keys.  k_norm: [H], the largest norm of keys before their block.
