@@ -153,6 +153,22 @@ def test_windows_change_logits_by_no_more_than_their_order_of_sums(tiny: Tiny, m
     assert not torch.equal(some, all_), "nothing was left out"
 
 
+def test_largest_norms_follow_the_keys_through_prompts_decoding_and_copied_prefixes(tiny: Tiny) -> None:
+    engine = make_engine(tiny.model, n_blocks=256, max_rows=2, prefill_tokens=64)
+    cache = engine.scheduler.cache
+    assert isinstance(cache, SlotCache)
+    shared, lengths = random_ids(230, seed=4), []
+    for prompt in (shared, shared[:120] + random_ids(40, seed=5)):
+        generate(engine, prompt, max_new_tokens=75, temperature=0.0, ignore_eos=True)
+        lengths.append(len(prompt) + 74)
+    assert engine.stats().reused_tokens == 96
+    engine.close()
+    for slot, n in enumerate(lengths):
+        keys = cache.kv[:, 0, slot, :, : n // 32 * 32].double()
+        want = keys.norm(dim=-1).unflatten(-1, (-1, 32)).amax(-1).cummax(-1).values.transpose(1, 2)
+        torch.testing.assert_close(cache.k_norms[:, slot, : n // 32].double(), want, rtol=1e-6, atol=0)
+
+
 @pytest.mark.long
 def test_long_rows_equal_themselves_in_any_company_and_any_chunks(tiny: Tiny) -> None:
     """Alone in one chunk size, and together in another: decoding rows on both sides of the limit, prompts around it,
@@ -160,17 +176,17 @@ def test_long_rows_equal_themselves_in_any_company_and_any_chunks(tiny: Tiny) ->
     shared = random_ids(2300, seed=7)
     prompts = [random_ids(n, seed=n) for n in (2036, 40)] + [shared, shared[:2200] + random_ids(90, seed=8)]
     params = [
-        SamplingParams(max_new_tokens=24, temperature=1.0, top_p=0.9, seed=i, ignore_eos=True)
+        SamplingParams(max_new_tokens=24, temperature=1.0, top_p=0.9, seed=i, ignore_eos=True, logprobs=0)
         for i in range(len(prompts))
     ]
     jobs = [Job(prompt, p) for prompt, p in zip(prompts, params, strict=True)]
     alone = []
     for job in jobs:
         engine = make_engine(tiny.model, n_blocks=128, max_rows=1, prefill_tokens=512)
-        alone.append([t.id for t in engine.submit_all([job])[0].result().out])
+        alone.append([(t.id, t.logprob) for t in engine.submit_all([job])[0].result().out])
         engine.close()
     busy = make_engine(tiny.model, n_blocks=150, max_rows=4, prefill_tokens=96)
-    together = [[t.id for t in g.result().out] for g in busy.submit_all(jobs)]
+    together = [[(t.id, t.logprob) for t in g.result().out] for g in busy.submit_all(jobs)]
     stats = busy.stats()
     busy.close()
     assert together == alone
