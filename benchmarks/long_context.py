@@ -210,9 +210,9 @@ def draw(found: dict[str, Any], png: Path) -> None:
         axes.set_xlabel("context, tokens")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle(
-        f"d_model {found['width']}, {found['layers']} layers, {found['dtype']}, {found['threads']} CPU threads"
-    )
+    layers = "one layer" if found["layers"] == 1 else f"{found['layers']} layers"
+    dtype, threads = found["dtype"].removeprefix("torch."), found["threads"]
+    figure.suptitle(f"A random model of {layers}, d_model {found['width']}, {dtype}, CPU threads: {threads}")
     figure.tight_layout()
     figure.savefig(png, dpi=80)
 
