@@ -1,8 +1,9 @@
 """An independent oracle: llm-foundry's published MPT maths, written out plainly, in float64, without a cache.
 
 Transcribed from the formulas of MosaicML's llm-foundry (`models/mpt/modeling_mpt.py`, `models/layers/attention.py`,
-`models/layers/ffn.py`; Apache-2.0): the whole sequence at once, full [H, T, T] biases, nothing fused, nothing shared
-with the engine. It covers what `transformers` ignores: alibi_bias_max, qk_ln, biases, logit_scale, expansion_ratio.
+`models/layers/ffn.py`; Apache-2.0): the whole sequence at once, a bias for every pair of tokens, nothing fused, nothing
+shared with the engine. It covers what `transformers` ignores: alibi_bias_max, qk_ln, biases, logit_scale,
+expansion_ratio.
 """
 
 import math
@@ -13,9 +14,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+_SCORES = 2_000_000
+"""Scores that are held at once, 16 MB: all of them would be 34 GB a head at 65,536 tokens."""
 
-def foundry_logits(raw: dict[str, Any], tensors: dict[str, Tensor], ids: list[int]) -> Tensor:
-    """Return float64 logits [T, V] of one sequence."""
+
+def foundry_logits(
+    raw: dict[str, Any], tensors: dict[str, Tensor], ids: list[int], at: list[int] | None = None
+) -> Tensor:
+    """Return float64 logits [T, V] of one sequence, or [len(at), V] of the positions `at`, in their order.
+
+    Only the last layer leaves the other positions out, since nothing comes after it.
+    """
     t = {name: tensor.double() for name, tensor in tensors.items()}
     attn, heads, d = raw["attn_config"], raw["n_heads"], raw["d_model"]
     eps = raw.get("layer_norm_epsilon", 1e-5)
@@ -30,10 +39,7 @@ def foundry_logits(raw: dict[str, Any], tensors: dict[str, Tensor], ids: list[in
         return y + t[f"{name}.bias"] if f"{name}.bias" in t else y
 
     n = len(ids)
-    position = torch.arange(n, dtype=torch.float64)
-    distance = position[None, :] - position[:, None]  # key - query
-    bias = slopes(heads, attn["alibi_bias_max"])[:, None, None] * distance
-    bias = bias.masked_fill(distance > 0, -math.inf)
+    position, slope = torch.arange(n, dtype=torch.float64), slopes(heads, attn["alibi_bias_max"])[:, None, None]
     scale = attn["softmax_scale"] or 1 / math.sqrt(d / heads)
 
     x = t["transformer.wte.weight"][torch.tensor(ids)]
@@ -46,8 +52,19 @@ def foundry_logits(raw: dict[str, Any], tensors: dict[str, Tensor], ids: list[in
         if attn["qk_ln"]:
             q, k = norm(q, f"{block}.attn.q_ln"), norm(k, f"{block}.attn.k_ln")
         q, k, v = (rearrange(z, "t (h e) -> h t e", h=heads) for z in (q, k, v))
-        weights = torch.softmax(q @ rearrange(k, "h t e -> h e t") * scale + bias, dim=-1)
-        x = x + linear(rearrange(weights @ v, "h t e -> t (h e)"), f"{block}.attn.out_proj")
+        asked = position
+        if at is not None and i == raw["n_layers"] - 1:
+            asked, q, x = position[at], q[:, at], x[at]
+        pieces, some_queries = [], max(_SCORES // (heads * n), 1)
+        for some, where in zip(q.split(some_queries, dim=1), asked.split(some_queries), strict=True):
+            seen = int(where.max()) + 1
+            bias = slope * (position[:seen] - where[:, None])  # key - query
+            scores = torch.baddbmm(bias, some * scale, rearrange(k[:, :seen], "h t e -> h e t"))
+            first = int(where.min()) + 1  # where the first key may be that some query must not see
+            scores[..., first:].masked_fill_(position[first:seen] > where[:, None], -math.inf)
+            weights = torch.softmax(scores, dim=-1)
+            pieces.append(weights @ v[:, :seen])
+        x = x + linear(rearrange(torch.cat(pieces, dim=1), "h t e -> t (h e)"), f"{block}.attn.out_proj")
         up = linear(norm(x, f"{block}.norm_2"), f"{block}.ffn.up_proj")
         x = x + linear(F.gelu(up), f"{block}.ffn.down_proj")
     x = norm(x, "transformer.norm_f")

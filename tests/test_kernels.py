@@ -193,6 +193,24 @@ def test_a_head_that_sees_everything_reads_everything() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("bias_max", "poisoned"), [(8, 32_768), (16, 0)], ids=["bias_max 8", "StoryWriter"])
+def test_decode_attention_at_65536_tokens(bias_max: float, poisoned: int) -> None:
+    """Half of it is poisoned for slopes of 2^-4 and 2^-8, whose windows end after some 12,000 keys; 2^-16 sees all."""
+    n = 65_535
+    store = Store([0], 2, 32, torch.float32, room=n + 1, bias_max=bias_max)
+    kv = store.random(n, 2)
+    store.lengths, store.history = [n], [kv]
+    # Straight into the blocks, as write_kv would: a program for each token takes the interpreter minutes.
+    blocks = store.cache.table[0].long()
+    padded = F.pad(kv, (0, 0, 0, 0, 0, 0, 0, len(blocks) * BLOCK - n))
+    store.cache.kv[:, blocks] = padded.unflatten(0, (-1, BLOCK)).permute(2, 0, 3, 1, 4)
+    store.cache.kmax.copy_(kv[:, 0].square().sum(-1).amax(0).view(torch.int32))
+    store.cache.kv[:, blocks[: poisoned // BLOCK]] = torch.nan
+    got, want = store.decode(8)
+    close(got, want, TOLERANCE[torch.float32])
+
+
+@pytest.mark.slow
 def test_a_tile_of_queries_skips_what_none_of_them_can_see() -> None:
     position = 1200
     store = Store([position], 2, 64, torch.float32, bias_max=4)

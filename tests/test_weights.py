@@ -64,14 +64,22 @@ def test_a_kv_cache_smaller_than_two_blocks_is_refused(tmp_path: Path) -> None:
         start_engine(tmp_path, parse_config(raw), 128, EngineOptions(kv_cache_gb=1e-6, cpu_threads=1))
 
 
-def test_the_cache_limits_the_context_when_it_is_smaller(tmp_path: Path) -> None:
+def test_the_cache_limits_the_context_when_it_is_smaller_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     raw = tiny_config(max_seq_len=4096)
     write_checkpoint(tmp_path, raw)
     block = 32 * parse_config(raw).kv_bytes_per_token(4)
-    engine = start_engine(
-        tmp_path, parse_config(raw), 128, EngineOptions(kv_cache_gb=10.5 * block / 1e9, cpu_threads=1)
-    )
+    logging.getLogger("mptserve").propagate = True
+    with caplog.at_level(logging.WARNING, "mptserve"):
+        engine = start_engine(
+            tmp_path, parse_config(raw), 128, EngineOptions(kv_cache_gb=10.5 * block / 1e9, cpu_threads=1)
+        )
     assert (engine.max_tokens, engine.scheduler.cache.n_blocks) == (320, 10)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"the KV cache has room for 320 tokens, so no sequence gets the whole context of {raw['max_seq_len']}; "
+        "raise MPT_KV_CACHE_GB or lower MPT_MAX_SEQ_LEN"
+    ]
     assert len(generate(engine, [5] * 20, max_new_tokens=300, ignore_eos=True)) == 300
     engine.close()
 

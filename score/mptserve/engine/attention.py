@@ -4,7 +4,8 @@ A step's tokens come flat: first one token of each decoding row, then the prompt
 what every layer shares (where keys and values go, biases, groups); the plan is then called once per layer.
 
 ALiBi (arXiv 2108.12409) adds slope * (key position - query position) to the scores. Biases are float32, relative to
-the query: in bfloat16, or counted from the sequence's start, they lose the near past at long context.
+the query: in bfloat16, or counted from the sequence's start, they lose the near past at long context. Keys that the
+bias puts out of reach are not read where the context is long (windows.py).
 """
 
 from collections.abc import Sequence as Seq
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mptserve.engine import windows
 from mptserve.engine.config import MPTConfig
 from mptserve.engine.kv_cache import SlotCache
 from mptserve.engine.model import alibi_slopes
@@ -66,6 +68,9 @@ class SlotAttention:
 
     def row_bias(self, lengths: Tensor, n_keys: int) -> Tensor:
         """Return [rows * H, n_keys, 1] for queries at the end of `lengths` tokens each."""
+        if len(lengths) == 1:
+            first = self.cache.max_tokens - (int(lengths[0]) - 1)  # where key 0 is
+            return self.lines[:, first : first + n_keys, None]
         u = torch.arange(n_keys) - (lengths[:, None] - 1)
         bias = self.slopes[:, None] * u[:, None, :]
         return bias.masked_fill_((u > 0)[:, None, :], -torch.inf).view(-1, n_keys, 1)
@@ -73,23 +78,28 @@ class SlotAttention:
 
 @dataclass(frozen=True)
 class _Rows:
-    """Decoding rows [a, b) in neighbouring slots from `slot`, all read up to n_keys. bias: [(b - a) * H, n_keys, 1]."""
+    """Decoding rows [a, b) in neighbouring slots from `slot`, all read up to n_keys. bias: [(b - a) * H, n_keys, 1].
+
+    Above WINDOWED_FROM keys it is one row, and `position` its token's.
+    """
 
     a: int
     b: int
     slot: int
     n_keys: int
     bias: Tensor
+    position: int
 
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Prompt tiles that see the same number of keys.
+    """Prompt tiles that start at the same position; above WINDOWED_FROM keys, it is one tile.
 
     queries: [C * 32], the step's token behind each query, tile by tile, each in reverse order; tiles that are not full
     repeat their first token.  tokens: the step's tokens that these tiles answer; answers: where in [C * 32] they are.
     """
 
+    start: int
     slots: list[int]
     queries: Tensor
     tokens: Tensor
@@ -101,19 +111,34 @@ class SlotPlan:
     """One step's attention on the CPU; call it with (layer, q [N, H, D], kv [N, 2, H, D])."""
 
     def __init__(self, attention: SlotAttention, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> None:
-        self.cache, self.scale = attention.cache.kv, attention.config.scale
+        self.cache, self.k_norms = attention.cache.kv, attention.cache.k_norms
+        self.scale, self.slopes = attention.config.scale, attention.slopes
         self.n_decodes, self.chunks = len(decodes), chunks
         self.rows = [
-            _Rows(a, b, decodes[a].slot, n_keys, attention.row_bias(_positions(decodes[a:b]) + 1, n_keys))
+            _Rows(
+                a,
+                b,
+                decodes[a].slot,
+                n_keys,
+                attention.row_bias(_positions(decodes[a:b]) + 1, n_keys),
+                decodes[a].n_computed,
+            )
             for a, b, n_keys in _groups(decodes, attention.key_step, attention.tokens_per_call)
         ]
-        by_start: dict[int, list[tuple[int, int, int]]] = {}  # (slot, first token in the step, tokens) by tile start
+        alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (slot, first token in the step, tokens)
         first = len(decodes)
         for chunk in chunks:
             for t in range(0, chunk.n, BLOCK):
-                by_start.setdefault(chunk.start + t, []).append((chunk.seq.slot, first + t, min(BLOCK, chunk.n - t)))
+                start, slot = chunk.start + t, chunk.seq.slot
+                of = slot if start + BLOCK > windows.WINDOWED_FROM else -1
+                alike.setdefault((start, of), []).append((slot, first + t, min(BLOCK, chunk.n - t)))
             first += chunk.n
-        self.tiles = [_tiles(tiles, attention.tile_bias(start)) for start, tiles in by_start.items()]
+        self.tiles = [_tiles(start, tiles, attention.tile_bias(start)) for (start, _), tiles in alike.items()]
+        # (slot, first block, blocks) that this step makes whole, where windows may ever be asked for.
+        self.whole: list[tuple[int, int, int]] = []
+        if attention.cache.max_tokens > windows.WINDOWED_FROM:
+            self.whole = [(s.slot, s.n_computed // BLOCK, 1) for s in decodes if (s.n_computed + 1) % BLOCK == 0]
+            self.whole += [(c.seq.slot, c.start // BLOCK, c.n // BLOCK) for c in chunks if c.n >= BLOCK]
         # Short chunks are written together with the decoding rows, long ones in one piece each.
         self.long_chunks: list[tuple[Chunk, int]] = []
         slots, positions, tokens = [s.slot for s in decodes], [s.n_computed for s in decodes], [*range(len(decodes))]
@@ -137,39 +162,64 @@ class SlotPlan:
         for chunk, first in self.long_chunks:
             piece = kv[first : first + chunk.n].permute(1, 2, 0, 3)
             cache[:, chunk.seq.slot, :, chunk.start : chunk.start + chunk.n] = piece
+        for slot, block, n in self.whole:
+            windows.note_norms(self.k_norms[layer, slot], cache[0, slot, :, block * BLOCK : (block + n) * BLOCK], block)
+        k = kv[:, 0]
         if len(self.rows) == 1 and len(q) == self.n_decodes:
-            out = self._decode(cache, self.rows[0], q)
+            out = self._decode(layer, self.rows[0], q, k)
         else:
             out = torch.zeros_like(q)
             for rows in self.rows:
-                out[rows.a : rows.b] = self._decode(cache, rows, q)
+                out[rows.a : rows.b] = self._decode(layer, rows, q, k)
             for tiles in self.tiles:
-                out[tiles.tokens] = self._prefill(cache, tiles, q)
+                out[tiles.tokens] = self._prefill(layer, tiles, q, k)
         return out.view(len(q), -1).to(dtype)
 
-    def _decode(self, cache: Tensor, rows: _Rows, q: Tensor) -> Tensor:
-        n, (_, heads, head_dim) = rows.b - rows.a, q.shape
-        keys, values = cache[:, rows.slot : rows.slot + n, :, : rows.n_keys].flatten(1, 2).unbind()
+    def _decode(self, layer: int, rows: _Rows, q: Tensor, k: Tensor) -> Tensor:
+        n, (_, heads, head_dim), queries = rows.b - rows.a, q.shape, q[rows.a : rows.b]
+        kv = self.cache[layer][:, rows.slot : rows.slot + n, :, : rows.n_keys].flatten(1, 2)
+        if rows.n_keys <= windows.WINDOWED_FROM:
+            return self._attend(kv, queries.reshape(-1, head_dim), rows.bias).view(n, heads, head_dim)
+        calls = self._windows(layer, rows.slot, rows.position, queries, k[rows.a : rows.b])
+        pieces = [self._attend(kv[:, h, first:], queries[0, h], rows.bias[h, first:]) for h, first in calls]
+        return torch.cat(pieces)[None]
+
+    def _attend(self, kv: Tensor, q: Tensor, bias: Tensor) -> Tensor:
+        """Return [R, D] for q [R, D] over kv [2, R, S, D] with bias [R, S, 1]."""
         # K qᵀ rather than q Kᵀ: MKL then reads K up to three times as fast, but only if q is a transposed row (strides
         # D, 1, D): as a column of its own (D, 1, 1) it is slower than q Kᵀ.
-        queries = q[rows.a : rows.b].reshape(n * heads, 1, head_dim).transpose(1, 2)
-        scores = torch.baddbmm(rows.bias, keys, queries, alpha=self.scale).transpose(1, 2)
-        return torch.bmm(scores.softmax(-1), values).view(n, heads, head_dim)
+        scores = torch.baddbmm(bias, kv[0], q[:, None].transpose(1, 2), alpha=self.scale).transpose(1, 2)
+        return torch.bmm(scores.softmax(-1), kv[1])[:, 0]
 
-    def _prefill(self, cache: Tensor, tiles: _Tiles, q: Tensor) -> Tensor:
+    def _prefill(self, layer: int, tiles: _Tiles, q: Tensor, k: Tensor) -> Tensor:
         n_keys, slots = tiles.bias.shape[-1], tiles.slots
-        one = slice(
-            slots[0], slots[0] + 1
-        )  # a view; several slots are copied together, which is short against the rest
-        keys, values = cache[:, one if len(slots) == 1 else slots, :, :n_keys]
+        # A view; several slots are copied together, which is short against the rest.
+        of = slice(slots[0], slots[0] + 1) if len(slots) == 1 else slots
+        kv = self.cache[layer][:, of, :, :n_keys]
         queries = q[tiles.queries].unflatten(0, (-1, BLOCK)).transpose(1, 2)  # [C, H, 32, D]
         bias = tiles.bias.expand(len(slots), -1, -1, -1)
-        attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self.scale)
-        return attended.transpose(1, 2).flatten(0, 1)[tiles.answers]
+        calls = [(slice(None), 0)]
+        if n_keys > windows.WINDOWED_FROM:
+            calls = self._windows(layer, slots[0], tiles.start, q[tiles.tokens], k[tiles.tokens])
+        pieces = [
+            F.scaled_dot_product_attention(
+                queries[:, h],
+                kv[0, :, h, first:],
+                kv[1, :, h, first:],
+                attn_mask=bias[:, h, :, first:],
+                scale=self.scale,
+            )
+            for h, first in calls
+        ]
+        return torch.cat(pieces, dim=1).transpose(1, 2).flatten(0, 1)[tiles.answers]
+
+    def _windows(self, layer: int, slot: int, start: int, q: Tensor, k: Tensor) -> list[tuple[slice, int]]:
+        k_norm = self.k_norms[layer, slot, start // BLOCK - 1]
+        return windows.first_keys(q, k, k_norm, start, self.slopes, self.scale)
 
 
-def _tiles(tiles: list[tuple[int, int, int]], bias: Tensor) -> _Tiles:
-    """Return tiles, given as (slot, first token in the step, tokens), as one group."""
+def _tiles(start: int, tiles: list[tuple[int, int, int]], bias: Tensor) -> _Tiles:
+    """Return tiles at `start`, given as (slot, first token in the step, tokens), as one group."""
     queries: list[int] = []
     tokens: list[int] = []
     answers: list[int] = []
@@ -178,7 +228,7 @@ def _tiles(tiles: list[tuple[int, int, int]], bias: Tensor) -> _Tiles:
         tokens += range(first, first + n)
         answers += [slot_number * BLOCK + BLOCK - 1 - i for i in range(n)]
     slots = [slot for slot, _, _ in tiles]
-    return _Tiles(slots, torch.tensor(queries), torch.tensor(tokens), torch.tensor(answers), bias)
+    return _Tiles(start, slots, torch.tensor(queries), torch.tensor(tokens), torch.tensor(answers), bias)
 
 
 def _positions(decodes: Seq[Sequence]) -> Tensor:
@@ -186,7 +236,10 @@ def _positions(decodes: Seq[Sequence]) -> Tensor:
 
 
 def _groups(decodes: Seq[Sequence], key_step: int, tokens_per_call: int) -> list[tuple[int, int, int]]:
-    """Return (a, b, keys) of row ranges in neighbouring slots, cut where padding would cost more than another call."""
+    """Return (a, b, keys) of row ranges in neighbouring slots, cut where padding would cost more than another call.
+
+    Rows with windows stay alone, since each has its own.
+    """
     groups: list[tuple[int, int, int]] = []
     for i, seq in enumerate(decodes):
         n_keys = -(-(seq.n_computed + 1) // key_step) * key_step
@@ -194,7 +247,7 @@ def _groups(decodes: Seq[Sequence], key_step: int, tokens_per_call: int) -> list
             a, _, most = groups[-1]
             together = max(most, n_keys)
             waste = (together - most) * (i - a) + together - n_keys
-            if waste <= tokens_per_call:
+            if waste <= tokens_per_call and together <= windows.WINDOWED_FROM:
                 groups[-1] = (a, i + 1, together)
                 continue
         groups.append((i, i + 1, n_keys))

@@ -53,6 +53,8 @@ class SlotCache:
 
     kv: [n_layers, 2, n_slots, H, max_tokens, D]; the 2 is keys, values.  float32 because PyTorch's CPU attention reads
     it more than twice as fast as bfloat16, although it is twice the bytes.
+    k_norms: [n_layers, n_slots, max_tokens / 32, H], the largest norm of a slot's keys up to the end of each block
+    (windows.py); kept only where max_tokens is long enough to need it.
     """
 
     def __init__(self, config: MPTConfig, n_blocks: int, n_slots: int, max_seq_len: int) -> None:
@@ -60,6 +62,8 @@ class SlotCache:
         self.max_tokens = n_blocks_for(max_seq_len) * BLOCK
         shape = (config.n_layers, 2, n_slots, config.n_heads, self.max_tokens, config.head_dim)
         self.kv, self._memory = _virtual_zeros(shape)
+        n_norms = (config.n_layers, n_slots, self.max_tokens // BLOCK, config.n_heads)
+        self.k_norms, self._norms_memory = _virtual_zeros(n_norms)
         self._slot_bytes = self.kv[0, 0, 0].numel() * 4
         self._resident = [0] * n_slots  # blocks of real memory that a slot holds
         self._keys: list[list[bytes]] = [[] for _ in range(n_slots)]  # registered blocks of a slot, in order
@@ -104,6 +108,7 @@ class SlotCache:
         if n_match and slot != source:
             n = n_match * BLOCK
             self.kv[:, :, slot, :, :n].copy_(self.kv[:, :, source, :, :n])
+            self.k_norms[:, slot, :n_match].copy_(self.k_norms[:, source, :n_match])
             self._remember(slot, seq.block_keys[:n_match])
             self._touch(source)
         seq.n_computed = seq.n_reused = n_match * BLOCK

@@ -73,6 +73,13 @@ def start_engine(
     if not place.kernels:  # these warm up while they capture graphs
         _warm_up(assemble(model, place, min(max_seq_len, 4 * BLOCK), options, speed))
     engine = assemble(model, place, max_seq_len, options, speed, on_finish=on_finish, on_failure=on_failure)
+    if engine.max_tokens < max_seq_len:
+        log.warning(
+            "the KV cache has room for %d tokens, so no sequence gets the whole context of %d; "
+            "raise MPT_KV_CACHE_GB or lower MPT_MAX_SEQ_LEN",
+            engine.max_tokens,
+            max_seq_len,
+        )
     log.info(
         "engine ready",
         extra={
