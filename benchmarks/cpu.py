@@ -1,6 +1,7 @@
 """Measures this machine: our engine beside `transformers` on the same weights, then the whole server under load.
 
     python benchmarks/cpu.py [--quick] [--models embedded wide] [--dtypes bfloat16 float32] [--rows 1 8 32] [--rounds 3]
+    python benchmarks/cpu.py --speculate 15 [--models embedded wide] [--rounds 3]
 
 Two models: the embedded one, where the time per step is overhead, and a random one with MPT-7B's exact layer shapes
 but four layers (1.01 B parameters), where it is reading weights. Per case the contenders take turns, round by round,
@@ -11,6 +12,10 @@ bfloat16 is left out, unless asked for, where the CPU has no instructions for it
 prefill: prompt tokens per second until the first token.  decode: (time of N + 1 tokens - time of 1) per token, after
 prompts of 128 tokens, all rows alive.  Both sampled with temperature 0.5 and top_p 0.5.
 The last line is one JSON object.
+
+With --speculate, instead: one row with and without so many tokens guessed ahead (MPT_SPECULATE_TOKENS), in turns, by
+one engine in the dtype that it chooses; it ends if a token differs. What a random model writes never repeats, so it is
+made to by biases on few tokens: on one, every guess is right; between three, some are.
 """
 
 import argparse
@@ -30,9 +35,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from contenders import EMBEDDED, Contender, bandwidth, by_engine, by_transformers, cpu_name, write_random_model
+from tokenizers import Tokenizer
 
+from mptserve.engine import SamplingParams
 from mptserve.engine.config import read_config
 from mptserve.engine.memory import available_cores
+from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.engine.weights import choose_placement
 from mptserve.launch import Server
 
@@ -62,7 +70,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-server", action="store_true", help="leave out the server under load")
     parser.add_argument("--quick", action="store_true", help="the embedded model in one dtype, one round: a minute")
+    parser.add_argument("--speculate", type=int, metavar="TOKENS", help="measure guessing tokens ahead, and only that")
     args = parser.parse_args()
+    if args.speculate:
+        speeds = {name: measure_speculation(name, args.speculate, args.rounds) for name in args.models}
+        print(json.dumps({"cpu": cpu_name(), "torch": torch.__version__, "speculate": speeds}))
+        return
     if args.quick:
         args.models, args.dtypes, args.rows, args.rounds = ["embedded"], [best], [1, 8], 1
 
@@ -165,6 +178,78 @@ def measure_case(ours: Contender, theirs: Contender, rows: int, n_new: int, roun
         Case(f"prefill {rows} x {PROMPT}", first["ours"], first["cached"], None, gbs),
         Case(f"decode {rows} rows", later["ours"], later["cached"], later.get("shipped"), gbs),
     ]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Something to continue. prompt: text, or token ids for a model without words.  only: if any, what it may write."""
+
+    name: str
+    prompt: str | list[int]
+    temperature: float
+    only: tuple[int, ...] = ()
+
+
+COUNTING = (
+    "One apple, two apples, three apples, four apples, one apple, two apples, three apples, four apples, one apple,"
+)
+SONS = "There was a king who had three sons. The eldest was called Hans, the second was called Karl. " * 3
+TEXTS = {
+    "embedded": [
+        Text("a list that goes on for ever, greedy", COUNTING, 0.0),
+        Text("a story told three times, greedy", SONS, 0.0),
+        Text("a story told three times, temperature 0.5", SONS, 0.5),
+        Text("a new story, temperature 1", "Once upon a time", 1.0),
+    ],
+    "wide": [
+        Text("one token again and again", list(range(100, 228)), 1.0, (5,)),
+        Text("three tokens in random order", list(range(100, 228)), 1.0, (5, 6, 7)),
+        Text("any tokens in random order", list(range(100, 228)), 1.0),
+    ],
+}
+
+
+def measure_speculation(name: str, most: int, rounds: int) -> list[dict[str, Any]]:
+    """Print and return the speeds of one row with and without guessing, and how many guesses were right."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = EMBEDDED if name == "embedded" else write_random_model(Path(scratch), name)
+        config = read_config(folder)
+        engine = start_engine(folder, config, config.vocab_size, EngineOptions(kv_cache_gb=1))
+    n_new, found = 128 if name == "embedded" else 25, []
+    words = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
+    print(f"\n{name}, {config.n_parameters / 1e6:,.0f} M parameters, {engine.runner.model.dtype}, {n_new} new tokens")
+    print(f"{'tokens/s':45} without   up to {most}   ratio   guessed   right   steps", flush=True)
+    for text in TEXTS[name]:
+        prompt = words.encode(text.prompt).ids if isinstance(text.prompt, str) else text.prompt
+        bias = tuple((id, 1000.0) for id in text.only)
+        params = SamplingParams(
+            n_new, temperature=text.temperature, top_p=0.95, seed=1, ignore_eos=True, logit_bias=bias
+        )
+        speeds: dict[int, list[float]] = {0: [], most: []}
+        outs, guesses = [], (0, 0, 0)
+        for _ in range(rounds):
+            for tokens, speed in speeds.items():
+                engine.scheduler.speculate_tokens = tokens
+                before = engine.stats()
+                seq = engine.submit(prompt, params).result()
+                after = engine.stats()
+                speed.append((n_new - 1) / (seq.timings.finished - seq.timings.first_token))
+                outs.append([token.id for token in seq.out])
+                guesses = (
+                    after.drafted_tokens - before.drafted_tokens,
+                    after.accepted_tokens - before.accepted_tokens,
+                    after.steps - before.steps,
+                )
+        if any(out != outs[0] for out in outs):
+            sys.exit(f"guessing changed the tokens of {text.name!r}")
+        off, on = (statistics.median(speed) for speed in speeds.values())
+        drafted, accepted, steps = guesses
+        line = f"{text.name:45} {off:7.1f} {on:10.1f} {on / off:6.2f}x {drafted:9} {accepted:7} {steps:7}"
+        print(line, flush=True)
+        figures = {"off": off, "on": on, "drafted": drafted, "accepted": accepted, "steps": steps}
+        found.append({"text": text.name} | figures)
+    engine.close()
+    return found
 
 
 def measure_server(clients: tuple[int, ...] = (1, 16, 32), rounds: int = 3, seconds: float = 4.0) -> dict[str, float]:

@@ -1,10 +1,11 @@
 """Engines on tiny random checkpoints, and what tests ask of them."""
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from mptserve.engine.attention import Chunk, SlotAttention
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import parse_config
 from mptserve.engine.kv_cache import PagedCache, SlotCache
+from mptserve.engine.lookup import PromptLookup
 from mptserve.engine.model import MPT
 from mptserve.engine.paged_attention import PagedAttention
 from mptserve.engine.runner import Runner
@@ -48,6 +50,7 @@ def make_engine(
     paged: bool = False,
     kernels: bool = False,
     kv_dtype: torch.dtype = torch.float32,
+    speculate: int = 0,
     **options: Any,
 ) -> MPTEngine:
     """Return a running engine on a CPU; `paged` takes the GPU's cache and plain attention, `kernels` its kernels too,
@@ -59,11 +62,11 @@ def make_engine(
         cache = PagedCache(config, n_blocks, kv_dtype, CPU, max_rows)
     else:
         cache = SlotCache(config, n_blocks, max_rows, config.max_seq_len)
-    scheduler = Scheduler(cache, max_rows, prefill_tokens, exact_resume=not (paged or kernels))
+    scheduler = Scheduler(cache, max_rows, prefill_tokens, not (paged or kernels), speculate)
     if kernels:
         from mptserve.engine.gpu_runner import GpuRunner
 
-        return MPTEngine(GpuRunner(model, cache, max_rows, limits["max_tokens"]), scheduler, **limits)
+        return MPTEngine(GpuRunner(model, cache, max_rows, limits["max_tokens"], speculate), scheduler, **limits)
     attention: Any = PagedAttention(config, cache) if paged else SlotAttention(config, cache)
     return MPTEngine(Runner(model, attention), scheduler, **limits)
 
@@ -98,6 +101,20 @@ def all_logits(model: MPT, ids: list[int], cut_at: tuple[int, ...] = (), paged: 
 def generate(engine: MPTEngine, prompt: list[int], **params: Any) -> list[int]:
     """Return the generated ids of one sequence alone."""
     return [t.id for t in engine.submit_all([Job(prompt, SamplingParams(**params))])[0].result().out]
+
+
+def guess(monkeypatch: pytest.MonkeyPatch, truth: list[int], n_right: int, then: int = 1, every: int = 1) -> None:
+    """Let drafts be the next `n_right` tokens of `truth`, a whole output, and behind them the token `then`.
+
+    every: only the first of so many steps has a draft.
+    """
+    steps = count()
+
+    def draft(_: PromptLookup, seq: Sequence, most: int) -> list[int]:
+        right = truth[len(seq.out) : len(seq.out) + n_right]
+        return (right + [then] * most)[:most] if next(steps) % every == 0 else []
+
+    monkeypatch.setattr(PromptLookup, "draft", draft)
 
 
 def random_ids(n: int, seed: int, vocab: int = 128) -> list[int]:

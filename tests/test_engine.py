@@ -278,10 +278,10 @@ class _FailsFor:
     def __init__(self, engine: MPTEngine, token: int, error: Exception) -> None:
         self._step, self._token, self._error = engine.runner.launch, token, error
 
-    def __call__(self, decodes: Any, chunks: Any) -> Any:
+    def __call__(self, decodes: Any, chunks: Any, drafts: Any) -> Any:
         if any(s.prompt[0] == self._token for s in [*decodes, *(c.seq for c in chunks)]):
             raise self._error
-        return self._step(decodes, chunks)
+        return self._step(decodes, chunks, drafts)
 
 
 def test_a_failing_step_fails_only_the_sequence_at_fault(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from engines import Tiny, generate, load_tiny, make_engine, random_ids
+from engines import Tiny, generate, guess, load_tiny, make_engine, random_ids
 from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.gpu_linear import KernelLinear
 from mptserve.engine.model import MPT, Block, PackedLinear
@@ -77,6 +77,22 @@ def test_a_reused_prefix_gives_the_same_tokens(tiny: Tiny) -> None:
     again = engine.submit(prompt, SamplingParams(max_new_tokens=4, ignore_eos=True)).result()
     assert ([t.id for t in again.out], again.n_reused) == (first, 64)
     engine.close()
+
+
+def test_guesses_give_the_cpu_engines_tokens(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafts that are right for two tokens, between plain steps, with penalties that count them; then company comes."""
+    penalties = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+    long, short = job(40, 4, temperature=0.9, max_new_tokens=24, **penalties), job(20, 3)
+    want = [answers(make_engine(tiny.model), [each])[0] for each in (long, short)]
+    guess(monkeypatch, want[0], 2, every=2)
+    engine = make_engine(tiny.model, kernels=True, max_rows=2, speculate=3)
+    first = engine.submit(long.prompt, long.params)
+    for _, _ in zip(range(8), first, strict=False):
+        pass
+    second = engine.submit_all([short])[0]
+    assert [[t.id for t in g.result().out] for g in (first, second)] == want
+    engine.close()
+    assert 0 < engine.stats().accepted_tokens < engine.stats().drafted_tokens
 
 
 def test_a_token_drawn_after_the_end_is_thrown_away(tiny: Tiny) -> None:

@@ -1,5 +1,6 @@
 """The transformers engine: the same interface, the same text, and no checkpoint that it would get wrong."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from mptserve.engine import Job, SamplingParams
 from mptserve.engine.config import parse_config
 from mptserve.engine.reference import start_reference_engine
 from mptserve.engine.start import EngineOptions, start_engine
-from mptserve.errors import ContextTooLong, Unavailable, UnsupportedModel
+from mptserve.errors import BadSetting, ContextTooLong, Unavailable, UnsupportedModel
 from tiny import tiny_config, write_checkpoint
 
 OPTIONS = EngineOptions(dtype="float32", device="cpu", cpu_threads=1)
@@ -41,6 +42,13 @@ def test_its_context_limit_can_be_raised_too(tmp_path: Path) -> None:
     with pytest.raises(ContextTooLong):
         engine.submit_all([Job([5] * 21, SamplingParams(max_new_tokens=80))])
     engine.close()
+
+
+def test_it_refuses_to_speculate(tmp_path: Path) -> None:
+    raw = tiny_config()
+    write_checkpoint(tmp_path, raw)
+    with pytest.raises(BadSetting, match="leave MPT_SPECULATE_TOKENS at 0"):
+        start_reference_engine(tmp_path, parse_config(raw), 128, replace(OPTIONS, speculate_tokens=4))
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,13 @@ def add_arguments(command: argparse.ArgumentParser, model_dir: str) -> None:
     command.add_argument("--prompt", help="the text to continue; standard input when left out, or `-`")
     command.add_argument("--n-predict", type=int, default=32, help="most tokens to generate")
     command.add_argument("--quant", choices=("int8", "int4"), help="quantise the weights while loading (MPT_QUANT)")
+    command.add_argument(
+        "--speculate",
+        type=int,
+        choices=range(16),
+        metavar="TOKENS",
+        help="guess up to so many tokens ahead where the text repeats itself; 0: none (MPT_SPECULATE_TOKENS)",
+    )
     command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     command.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
     command.add_argument("--seed", type=int, help="same seed, same text")
@@ -67,6 +74,8 @@ def _settings(args: argparse.Namespace) -> Settings:
     changes |= {"max_rows": 1, "max_new_tokens": max(args.n_predict, settings.max_new_tokens)}
     if args.quant:
         changes["quant"] = args.quant
+    if args.speculate is not None:
+        changes["speculate_tokens"] = args.speculate
     return dataclasses.replace(settings, **changes)
 
 
@@ -103,8 +112,9 @@ def _figures(service: "Service", running: "Running") -> str:
     first = times.first_token - times.submitted
     rest = times.finished - times.first_token
     speed = f", then {(n - 1) / rest:.1f} tokens/s" if n > 1 and rest > 0 else ""
+    guessed = f"\n{seq.n_drafted} tokens guessed ahead, {seq.n_accepted} of them right" if seq.n_drafted else ""
     return (
-        f"{seq.n_prompt} prompt tokens, {n} new, ended by {seq.finish_reason}\n"
+        f"{seq.n_prompt} prompt tokens, {n} new, ended by {seq.finish_reason}{guessed}\n"
         f"first token after {first * 1e3:.0f} ms{speed}\n{_memory(service)}"
     )
 

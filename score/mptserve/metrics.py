@@ -72,6 +72,8 @@ class _EngineCollector(Collector):
             ("mpt_steps", "Steps of the engine.", s.steps),
             ("mpt_step_seconds", "Time spent in steps.", s.step_seconds),
             ("mpt_preemptions", "Sequences that had to make room for older ones.", s.preemptions),
+            ("mpt_drafted_tokens", "Tokens guessed ahead.", s.drafted_tokens),
+            ("mpt_accepted_tokens", "Guessed tokens that were right.", s.accepted_tokens),
         ):
             yield CounterMetricFamily(name, what, value=total)
         finished = CounterMetricFamily("mpt_sequences", "Sequences finished, by reason.", labels=["reason"])

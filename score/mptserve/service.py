@@ -368,4 +368,5 @@ def engine_options(settings: Settings) -> EngineOptions:
         settings.prefill_tokens,
         settings.queue_limit,
         settings.cpu_threads,
+        settings.speculate_tokens,
     )

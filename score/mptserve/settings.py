@@ -71,6 +71,13 @@ class Settings:
         "MPT_QUEUE_LIMIT", 256, "sequences that may wait; one more is answered 429", low=1, high=1_000_000
     )
     cpu_threads: int = _setting("MPT_CPU_THREADS", 0, "threads of the CPU engine; 0: one per core", high=1024)
+    speculate_tokens: int = _setting(
+        "MPT_SPECULATE_TOKENS",
+        0,
+        "tokens guessed ahead, up to 15, for a sequence that runs alone and repeats itself; answers stay as they are; "
+        "0: none",
+        high=15,
+    )
     deadline_ms: int = _setting(
         "MPT_DEADLINE_MS", 170_000, "time a request may take; below Azure's request_timeout_ms", low=1, high=86_400_000
     )

@@ -7,13 +7,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Protocol
 
 import torch
 
 from mptserve.engine.attention import Chunk
 from mptserve.engine.runner import Launched, StepRunner
+from mptserve.engine.sampling import Sampled
 from mptserve.engine.scheduler import Scheduler
 from mptserve.engine.sequence import Generation, SamplingParams, Sequence, Token, TokenQueue, TokenSink
 from mptserve.errors import ContextTooLong, GenerationFailed, InvalidRequest, QueueFull, ScoringError, Unavailable
@@ -60,6 +63,8 @@ class EngineStats:
     steps: int = 0
     step_seconds: float = 0.0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
     running: int = 0
     waiting: int = 0
@@ -202,11 +207,13 @@ class MPTEngine:
     def _step(self) -> None:
         """Launch the next step, and read the last one's tokens while the device works on it, if the runner can."""
         self.scheduler.retire()
-        if self.scheduler.may_preempt:
+        if self.scheduler.may_preempt or self.scheduler.may_draft:
             self._collect()
         decodes, chunks = self.scheduler.next_step()
         started = time.monotonic()
-        launched = self._launch(decodes, chunks) if decodes or chunks else None
+        n_vocab = self.runner.model.n_tokens
+        drafts = list(takewhile(lambda id: id < n_vocab, self.scheduler.draft(decodes, chunks)))
+        launched = self._launch(decodes, chunks, drafts) if decodes or chunks else None
         self._collect()
         self._running = launched
         if not self.runner.overlaps:
@@ -215,15 +222,15 @@ class MPTEngine:
             self._stats.steps += 1
             self._stats.step_seconds += time.monotonic() - started
 
-    def _launch(self, decodes: list[Sequence], chunks: list[Chunk]) -> Launched | None:
+    def _launch(self, decodes: list[Sequence], chunks: list[Chunk], drafts: Seq[int] = ()) -> Launched | None:
         """Launch one step; when that fails, run its sequences one by one, so that only those that must fail do."""
         try:
-            launched = self.runner.launch(decodes, chunks)
+            launched = self.runner.launch(decodes, chunks, drafts)
         except Exception as exc:
             if _device_is_lost(exc):
                 raise
             self._collect()
-            if len(decodes) + len(chunks) == 1:
+            if len(decodes) + len(chunks) == 1 and not drafts:
                 seq = decodes[0] if decodes else chunks[0].seq
                 log.exception("a step failed for one sequence")
                 seq.finish("error", GenerationFailed("computing this sequence failed; the log has the reason"))
@@ -249,8 +256,12 @@ class MPTEngine:
         if launched is None:
             return
         sampled = launched.collect()
-        for seq, token, finite in zip(launched.ready, sampled.tokens, sampled.finite, strict=True):
+        for seq in launched.ready:
             seq.n_pending -= 1
+        found = list(zip(launched.ready, sampled.tokens, sampled.finite, strict=True))
+        if launched.drafts:
+            found = found[: self._n_right(launched.ready[0], launched.drafts, sampled)]
+        for seq, token, finite in found:
             if seq.finish_reason is not None:  # ended while the step ran: this token is one too many
                 continue
             if not finite:
@@ -264,6 +275,23 @@ class MPTEngine:
             except Exception:  # the caller's stop_check
                 log.exception("a stop check failed")
                 seq.finish("error", GenerationFailed("checking stop strings failed; the log has the reason"))
+
+    def _n_right(self, seq: Sequence, drafts: Seq[int], sampled: Sampled) -> int:
+        """Return how many tokens of a step with drafts count: up to the first that was guessed wrong, which is right.
+
+        The step was as many plain steps at once, each as if the drafts before it had been drawn.
+        """
+        if seq.finish_reason is not None:
+            return 0
+        if not all(sampled.finite):  # perhaps for a wrong draft only, whose keys and values the others have met masked
+            self.scheduler.undo(seq)
+            return 0
+        pairs = zip(drafts, sampled.tokens, strict=False)
+        n_accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1].id, pairs))
+        self.scheduler.judge(seq, len(drafts), n_accepted)
+        self._stats.drafted_tokens += len(drafts)
+        self._stats.accepted_tokens += n_accepted
+        return n_accepted + 1
 
     def _end_all(self, error: ScoringError) -> None:
         with self._wake:

@@ -1,7 +1,8 @@
 """ALiBi attention over the KV cache: the plan of one step, and the maths of one layer.
 
-A step's tokens come flat: first one token of each decoding row, then the prompt chunks. `plan` works out once per step
-what every layer shares (where keys and values go, biases, groups); the plan is then called once per layer.
+A step's tokens come flat: first the decoding rows, then the prompt chunks. `plan` works out once per step
+what every layer shares (where keys and values go, biases, groups); the plan is then called once per layer. It stores
+all keys and values before it reads any, so a sequence may have several rows, one behind the other.
 
 ALiBi (arXiv 2108.12409) adds slope * (key position - query position) to the scores. Biases are float32, relative to
 the query: in bfloat16, or counted from the sequence's start, they lose the near past at long context. Keys that the
@@ -10,6 +11,7 @@ bias puts out of reach are not read where the context is long (windows.py).
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,13 @@ class Chunk:
     n: int
 
 
+class Row(NamedTuple):
+    """A decoding row: the token at `position`, whose predecessors are in the cache or in rows of the same step."""
+
+    seq: Sequence
+    position: int
+
+
 class SlotAttention:
     """Attention on the CPU, in place on a SlotCache, with rows that do not depend on their neighbours.
 
@@ -56,8 +65,8 @@ class SlotAttention:
         # Splitting a group costs three calls, about as long as reading this many tokens' keys and values.
         self.tokens_per_call = 800_000 // (2 * config.d_model * 4)
 
-    def plan(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> "SlotPlan":
-        """Return this step's plan; decodes must be sorted by slot, their token is at position n_computed."""
+    def plan(self, decodes: Seq[Row], chunks: Seq[Chunk]) -> "SlotPlan":
+        """Return this step's plan; decodes must be sorted by slot."""
         return SlotPlan(self, decodes, chunks)
 
     def tile_bias(self, start: int) -> Tensor:
@@ -110,7 +119,7 @@ class _Tiles:
 class SlotPlan:
     """One step's attention on the CPU; call it with (layer, q [N, H, D], kv [N, 2, H, D])."""
 
-    def __init__(self, attention: SlotAttention, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> None:
+    def __init__(self, attention: SlotAttention, decodes: Seq[Row], chunks: Seq[Chunk]) -> None:
         self.cache, self.k_norms = attention.cache.kv, attention.cache.k_norms
         self.scale, self.slopes = attention.config.scale, attention.slopes
         self.n_decodes, self.chunks = len(decodes), chunks
@@ -118,10 +127,10 @@ class SlotPlan:
             _Rows(
                 a,
                 b,
-                decodes[a].slot,
+                decodes[a].seq.slot,
                 n_keys,
                 attention.row_bias(_positions(decodes[a:b]) + 1, n_keys),
-                decodes[a].n_computed,
+                decodes[a].position,
             )
             for a, b, n_keys in _groups(decodes, attention.key_step, attention.tokens_per_call)
         ]
@@ -137,11 +146,11 @@ class SlotPlan:
         # (slot, first block, blocks) that this step makes whole, where windows may ever be asked for.
         self.whole: list[tuple[int, int, int]] = []
         if attention.cache.max_tokens > windows.WINDOWED_FROM:
-            self.whole = [(s.slot, s.n_computed // BLOCK, 1) for s in decodes if (s.n_computed + 1) % BLOCK == 0]
+            self.whole = [(r.seq.slot, r.position // BLOCK, 1) for r in decodes if (r.position + 1) % BLOCK == 0]
             self.whole += [(c.seq.slot, c.start // BLOCK, c.n // BLOCK) for c in chunks if c.n >= BLOCK]
         # Short chunks are written together with the decoding rows, long ones in one piece each.
         self.long_chunks: list[tuple[Chunk, int]] = []
-        slots, positions, tokens = [s.slot for s in decodes], [s.n_computed for s in decodes], [*range(len(decodes))]
+        slots, positions, tokens = [r.seq.slot for r in decodes], [r.position for r in decodes], [*range(len(decodes))]
         first = len(decodes)
         for chunk in chunks:
             if chunk.n > BLOCK:
@@ -231,19 +240,19 @@ def _tiles(start: int, tiles: list[tuple[int, int, int]], bias: Tensor) -> _Tile
     return _Tiles(start, slots, torch.tensor(queries), torch.tensor(tokens), torch.tensor(answers), bias)
 
 
-def _positions(decodes: Seq[Sequence]) -> Tensor:
-    return torch.tensor([s.n_computed for s in decodes])
+def _positions(decodes: Seq[Row]) -> Tensor:
+    return torch.tensor([row.position for row in decodes])
 
 
-def _groups(decodes: Seq[Sequence], key_step: int, tokens_per_call: int) -> list[tuple[int, int, int]]:
+def _groups(decodes: Seq[Row], key_step: int, tokens_per_call: int) -> list[tuple[int, int, int]]:
     """Return (a, b, keys) of row ranges in neighbouring slots, cut where padding would cost more than another call.
 
     Rows with windows stay alone, since each has its own.
     """
     groups: list[tuple[int, int, int]] = []
-    for i, seq in enumerate(decodes):
-        n_keys = -(-(seq.n_computed + 1) // key_step) * key_step
-        if groups and decodes[i - 1].slot + 1 == seq.slot:
+    for i, (seq, position) in enumerate(decodes):
+        n_keys = -(-(position + 1) // key_step) * key_step
+        if groups and decodes[i - 1].seq.slot + 1 == seq.slot:
             a, _, most = groups[-1]
             together = max(most, n_keys)
             waste = (together - most) * (i - a) + together - n_keys

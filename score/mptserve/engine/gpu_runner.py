@@ -7,6 +7,10 @@ What is launched later runs later (one stream), so blocks and lanes can change h
 
 A decode step is one graph per number of rows (`buckets`) and length of context (`_LONG`); a step with prompt chunks is
 launched kernel by kernel, which its longer work hides.
+
+A step with drafts is a decode step over lanes that are forks of its sequence's, each one draft further, on the same
+blocks. It differs in one thing: all keys and values are stored before any are read. The fork behind the last right
+draft is then what the sequence's own lane ought to be, and is copied there before that is used again.
 """
 
 import logging
@@ -22,7 +26,7 @@ from torch import Tensor
 from mptserve.engine.attention import Chunk
 from mptserve.engine.kernels import TILE, KernelCache, new_parts, sample_rows
 from mptserve.engine.kv_cache import PagedCache, n_blocks_for
-from mptserve.engine.lanes import LaneState, new_lanes, set_lanes
+from mptserve.engine.lanes import LaneState, copy_lane, fork_lane, new_lanes, set_lanes
 from mptserve.engine.model import MPT, alibi_slopes
 from mptserve.engine.runner import Launched
 from mptserve.engine.sampling import Sampled
@@ -47,16 +51,22 @@ class _Graph:
 class GpuRunner:
     """Turns scheduled steps into kernels on one GPU (or, for tests, in Triton's interpreter).
 
-    max_tokens: the most of one sequence.
+    max_tokens: the most of one sequence.  speculate_tokens: the most drafts of a step.
     """
 
     overlaps = True
 
-    def __init__(self, model: MPT, cache: PagedCache, max_rows: int, max_tokens: int) -> None:
+    def __init__(
+        self, model: MPT, cache: PagedCache, max_rows: int, max_tokens: int, speculate_tokens: int = 0
+    ) -> None:
         config, device = model.config, model.device
         self.model, self.max_rows, self.max_tokens, self.device = model, max_rows, max_tokens, device
-        self.lanes = new_lanes(max_rows + 1, model.n_tokens, device)
-        self.table = torch.zeros(max_rows + 1, n_blocks_for(max_tokens + 1), dtype=torch.int32, device=device)
+        # Lanes: one for every slot, then the forks that drafts are drawn in, then nobody's.
+        self._n_forks = speculate_tokens + 1 if speculate_tokens else 0
+        self._nobody = max_rows + self._n_forks
+        self.lanes = new_lanes(self._nobody + 1, model.n_tokens, device)
+        self.table = torch.zeros(self._nobody + 1, n_blocks_for(max_tokens + 1), dtype=torch.int32, device=device)
+        self._forked: tuple[Sequence, int] | None = None  # whose lane is behind, and its tokens when it was forked
         self.eos_ids = torch.tensor(config.eos_token_ids, device=device)
         slopes = alibi_slopes(config.n_heads, config.alibi_bias_max).to(device)
         self.layers = [
@@ -67,10 +77,13 @@ class GpuRunner:
         self._in_table: list[tuple[Sequence | None, int, int]] = [(None, 0, 0)] * max_rows
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count if self._on_gpu else 4
         # One memory for every step's partial sums: graphs keep its address, so it is never replaced.
-        most = max(n * self._n_splits(n, long) for n in range(1, max_rows + 1) for long in (False, True))
+        rows = range(1, max(max_rows, self._n_forks) + 1)
+        most = max(n * self._n_splits(n, long) for n in rows for long in (False, True))
         self._parts = new_parts(most * config.n_heads, config.head_dim, device)
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, bool, bool], _Graph] = {}
         self.buckets = buckets(max_rows)
+        # Rows of steps with drafts that have graphs.
+        self.draft_buckets = sorted({*(b for b in (2, 4, 8) if b < self._n_forks), self._n_forks} - {0})
 
     @property
     def _on_gpu(self) -> bool:
@@ -78,35 +91,67 @@ class GpuRunner:
 
     # Steps
 
-    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> Launched:
-        """Launch the step; its sequences' lanes must be where the steps before left them."""
+    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[int] = ()) -> Launched:
+        """Launch the step; its sequences' lanes must be where the steps before left them.
+
+        drafts: tokens that may follow the last one of a lone decoding sequence, none of whose tokens is pending.
+        """
         self._update_table([*decodes, *(c.seq for c in chunks)])
+        self._join_fork(decodes, chunks)
+        ready = list(decodes)
         if chunks:
             ready, logits, sampled = self._mixed_step(decodes, chunks)
+        elif drafts:
+            ready *= len(drafts) + 1
+            logits, sampled = self._draft_step(decodes[0], drafts)
         else:
-            ready = list(decodes)
-            logits, sampled = self._decode_step(decodes)
-        return Launched(ready, self._collector(ready, logits, sampled))
+            logits, sampled = self._decode_step([s.slot for s in decodes], decodes)
+        collect = self._collector(ready, logits, sampled)
+        if drafts:
+            self._forked = decodes[0], decodes[0].n_tokens
+        return Launched(ready, collect, drafts)
 
-    def _decode_step(self, decodes: Seq[Sequence]) -> tuple[Tensor, Tensor]:
-        n = len(decodes)
-        long = max(s.n_computed for s in decodes) >= _LONG
-        bucket = next((b for b in self.buckets if b >= n), n)
-        rows = self._upload([s.slot for s in decodes] + [self.max_rows] * (bucket - n), torch.int32)
-        graph = self._graphs.get((bucket, long))
+    def _draft_step(self, seq: Sequence, drafts: Seq[int]) -> tuple[Tensor, Tensor]:
+        forks = range(self.max_rows, self.max_rows + len(drafts) + 1)
+        fork_lane(self.lanes, seq.slot, forks.start, self._upload(drafts, torch.int64))
+        self.table[forks.start : forks.stop] = self.table[seq.slot]
+        return self._decode_step([*forks], [seq], forked=True)
+
+    def _join_fork(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> None:
+        """Bring the lane of a sequence that had drafts up to its tokens, when it goes on."""
+        if self._forked is None:
+            return
+        seq, n_tokens = self._forked
+        if seq in decodes:
+            copy_lane(self.lanes, self.max_rows + seq.n_tokens - n_tokens - 1, seq.slot)
+        if seq in decodes or any(chunk.seq is seq for chunk in chunks):  # chunks set their lane anew
+            self._forked = None
+
+    def _decode_step(self, lanes: list[int], sequences: Seq[Sequence], forked: bool = False) -> tuple[Tensor, Tensor]:
+        n = len(lanes)
+        long = max(s.n_computed for s in sequences) >= _LONG
+        bucket = next((b for b in (self.draft_buckets if forked else self.buckets) if b >= n), n)
+        rows = self._upload(lanes + [self._nobody] * (bucket - n), torch.int32)
+        graph = self._graphs.get((bucket, long, forked))
         if graph is None:
-            return self._decode(rows, long)
+            return self._decode(rows, long, forked)
         graph.rows.copy_(rows)
         graph.replay()
         return graph.logits, graph.sampled
 
-    def _decode(self, rows: Tensor, long: bool) -> tuple[Tensor, Tensor]:
-        """The work of a decode step, as a graph captures it. Returns (logits [M, V], sampled [M, 2])."""
+    def _decode(self, rows: Tensor, long: bool, forked: bool) -> tuple[Tensor, Tensor]:
+        """The work of a decode step, as a graph captures it. Returns (logits [M, V], sampled [M, 2]).
+
+        forked: rows read each other's keys and values.
+        """
         parts = replace(self._parts, n_splits=self._n_splits(len(rows), long))
         positions = self.lanes.position
+        places = positions.index_select(0, rows).to(torch.int32) if forked else None
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
             out = torch.empty(len(q), q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
+            if places is not None:
+                self.layers[layer].write(kv, rows, places)
             self.layers[layer].decode(q, kv, rows, positions, parts, out)
             return out
 
@@ -228,29 +273,33 @@ class GpuRunner:
         if not self._on_gpu:
             return
         prompt = Sequence([0] * 64, SamplingParams(1), (0,), None, None, lambda _: None, None)
-        prompt.slot = self.max_rows
+        prompt.slot = self._nobody
         self._mixed_step([], [Chunk(prompt, 0, 64)])
         self.lanes.integers.zero_()
         started = time.monotonic()
         wanted = list(self._wanted())
         pool = torch.cuda.graph_pool_handle()
-        for i, (bucket, long) in enumerate(wanted):
-            rows = torch.full((bucket,), self.max_rows, dtype=torch.int32, device=self.device)
-            self._decode(rows, long)  # compiles kernels and lets cuBLAS choose, neither of which a capture may do
+        for i, (bucket, long, forked) in enumerate(wanted):
+            rows = torch.full((bucket,), self._nobody, dtype=torch.int32, device=self.device)
+            self._decode(
+                rows, long, forked
+            )  # compiles kernels and lets cuBLAS choose, neither of which a capture may do
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits, sampled = self._decode(rows, long)
-            self._graphs[bucket, long] = _Graph(rows, logits, sampled, graph.replay)
+                logits, sampled = self._decode(rows, long, forked)
+            self._graphs[bucket, long, forked] = _Graph(rows, logits, sampled, graph.replay)
             if i % 8 == 7 or i + 1 == len(wanted):
                 numbers = {"done": i + 1, "of": len(wanted), "seconds": time.monotonic() - started}
                 log.info("capturing graphs", extra={"numbers": numbers})
 
-    def _wanted(self) -> Iterator[tuple[int, bool]]:
-        for bucket in reversed(self.buckets):
-            if self.max_tokens > _LONG:
-                yield bucket, True
-            yield bucket, False
+    def _wanted(self) -> Iterator[tuple[int, bool, bool]]:
+        """Yield (rows, long, forked) of every graph."""
+        for forked, sizes in ((False, self.buckets), (True, self.draft_buckets)):
+            for bucket in reversed(sizes):
+                if self.max_tokens > _LONG:
+                    yield bucket, True, forked
+                yield bucket, False, forked
 
     def _n_splits(self, n_rows: int, long: bool) -> int:
         """Return into how many parts, a power of two, a head's keys are split: as many as keep the whole card busy.

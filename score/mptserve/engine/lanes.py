@@ -74,6 +74,26 @@ def set_lanes(lanes: Lanes, states: Seq[LaneState]) -> None:
     lanes.numbers[:, which] = torch.tensor(numbers, dtype=torch.float32).T.to(device, non_blocking=True)
 
 
+def fork_lane(lanes: Lanes, source: int, first: int, drafts: Tensor) -> None:
+    """Let lane first + i (0 to n) be what `source` would be after drawing the first i of `drafts` [n] int64."""
+    n, device = len(drafts), drafts.device
+    to, after = slice(first, first + n + 1), torch.arange(n + 1, device=device)
+    lanes.integers[:, to] = lanes.integers[:, source, None]
+    lanes.numbers[:, to] = lanes.numbers[:, source, None]
+    lanes.counts[to] = lanes.counts[source]
+    lanes.token[first + 1 : first + n + 1] = drafts
+    lanes.integers[1:3, to] += after  # tokens in the cache, tokens generated
+    behind, before = torch.tril_indices(n, n, device=device)  # lane first + 1 + behind has drawn draft `before`
+    ones = torch.ones_like(behind, dtype=lanes.counts.dtype)
+    lanes.counts.index_put_((behind + (first + 1), drafts[before]), ones, accumulate=True)
+
+
+def copy_lane(lanes: Lanes, source: int, to: int) -> None:
+    lanes.integers[:, to] = lanes.integers[:, source]
+    lanes.numbers[:, to] = lanes.numbers[:, source]
+    lanes.counts[to] = lanes.counts[source]
+
+
 def _counts(seq: Sequence, n_vocab: int) -> Tensor:
     counts = torch.bincount(torch.tensor([t.id for t in seq.out], dtype=torch.long), minlength=n_vocab)
     in_prompt = torch.zeros(n_vocab, dtype=torch.bool)

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mptserve.engine.attention import Chunk
+from mptserve.engine.attention import Chunk, Row
 from mptserve.engine.config import MPTConfig
 from mptserve.engine.kv_cache import PagedCache
 from mptserve.engine.model import alibi_slopes
-from mptserve.engine.sequence import BLOCK, Sequence
+from mptserve.engine.sequence import BLOCK
 
 
 class PagedAttention:
@@ -34,24 +34,24 @@ class PagedAttention:
         self.config, self.cache = config, cache
         self.slopes = alibi_slopes(config.n_heads, config.alibi_bias_max).to(cache.kv.device)
 
-    def plan(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> "PagedPlan":
+    def plan(self, decodes: Seq[Row], chunks: Seq[Chunk]) -> "PagedPlan":
         return PagedPlan(self, decodes, chunks)
 
 
 class PagedPlan:
     """One step's attention over blocks; call it with (layer, q [N, H, D], kv [N, 2, H, D])."""
 
-    def __init__(self, attention: PagedAttention, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> None:
+    def __init__(self, attention: PagedAttention, decodes: Seq[Row], chunks: Seq[Chunk]) -> None:
         self.cache, self.scale = attention.cache, attention.config.scale
         self.slopes, device = attention.slopes, attention.cache.kv.device
-        spans = [(s, s.n_computed, 1) for s in decodes] + [(c.seq, c.start, c.n) for c in chunks]
+        spans = [(*row, 1) for row in decodes] + [(c.seq, c.start, c.n) for c in chunks]
         where = [(s.blocks[p // BLOCK], p % BLOCK) for s, start, n in spans for p in range(start, start + n)]
         self.write_block, self.write_offset = torch.tensor(where, device=device).T
-        n_blocks = max((len(s.blocks) for s in decodes), default=0)
-        table = [s.blocks + [0] * (n_blocks - len(s.blocks)) for s in decodes]
+        n_blocks = max((len(s.blocks) for s, _ in decodes), default=0)
+        table = [s.blocks + [0] * (n_blocks - len(s.blocks)) for s, _ in decodes]
         self.n_decodes = len(decodes)
         self.decode_table = torch.tensor(table, dtype=torch.long, device=device)
-        self.decode_position = torch.tensor([[s.n_computed] for s in decodes], device=device)
+        self.decode_position = torch.tensor([[position] for _, position in decodes], device=device)
         self.prefills = [
             (torch.tensor([c.seq.blocks[: -(-(c.start + c.n) // BLOCK)]], device=device), c.start, c.n) for c in chunks
         ]

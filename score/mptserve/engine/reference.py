@@ -52,6 +52,8 @@ def start_reference_engine(
     place = choose_placement(options.device, options.dtype)
     if chosen_quant(options.quant, config) is not None:
         raise BadSetting("MPT_ENGINE transformers computes with plain weights only; leave MPT_QUANT at auto")
+    if options.speculate_tokens:
+        raise BadSetting("MPT_ENGINE transformers does not speculate; leave MPT_SPECULATE_TOKENS at 0")
     if place.device.type == "cpu":
         torch.set_num_threads(options.cpu_threads or available_cores())
     max_tokens = options.max_seq_len or config.max_seq_len

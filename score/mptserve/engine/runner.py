@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mptserve.engine.attention import Chunk
+from mptserve.engine.attention import Chunk, Row
 from mptserve.engine.model import MPT
 from mptserve.engine.sampling import Sampled, sample
 from mptserve.engine.sequence import BLOCK, Sequence
@@ -20,15 +20,20 @@ Plan = Callable[[int, Tensor, Tensor], Tensor]
 class Attention(Protocol):
     """What attention.py offers for either cache."""
 
-    def plan(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> Plan: ...
+    def plan(self, decodes: Seq[Row], chunks: Seq[Chunk]) -> Plan: ...
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A step on its way. ready: the sequences that it draws a token for.  collect: waits, and returns the tokens."""
+    """A step on its way. ready: the sequences that it draws a token for.  collect: waits, and returns the tokens.
+
+    drafts: guessed tokens, if any: `ready` is then one sequence again and again, token i drawn as if the first i drafts
+    had been.
+    """
 
     ready: list[Sequence]
     collect: Callable[[], Sampled]
+    drafts: Seq[int] = ()
 
 
 class StepRunner(Protocol):
@@ -37,7 +42,7 @@ class StepRunner(Protocol):
     model: MPT
     overlaps: bool
 
-    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> Launched: ...
+    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[int] = ()) -> Launched: ...
 
 
 _WORTH_THREADS = 0.5e-3
@@ -103,31 +108,38 @@ class Runner:
         self.model, self.attention, self.speed, self.n_threads = model, attention, speed, n_threads
         self.eos_ids = torch.tensor(model.config.eos_token_ids, device=model.device)
 
-    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk]) -> Launched:
+    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[int] = ()) -> Launched:
         """Compute the step, to its end.
 
         A sequence gets a token when its last known token was in the step: not in the middle of its prompt, and not
         while it catches up after a preemption. Writes keys and values, but changes no sequence, so that a failed step
         can be tried again.
+
+        drafts: tokens that may follow the last one of a lone decoding sequence. Each is a row of its own, computed as
+        in a step of its own, and to the same bits where rows do not depend on each other.
         """
         decodes = sorted(decodes, key=lambda s: s.slot)
         chunks = sorted(chunks, key=_is_long)
-        ids = [s.token(s.n_computed) for s in decodes]
-        ready = [(i, s) for i, s in enumerate(decodes) if s.n_computed + 1 == s.n_tokens]
+        decoding = [Row(s, s.n_computed) for s in decodes]
+        ids = [s.token(position) for s, position in decoding]
+        for draft in drafts:
+            decoding.append(Row(decodes[0], decoding[-1].position + 1))
+            ids.append(draft)
+        ready = [(i, s) for i, (s, position) in enumerate(decoding) if position + 1 >= s.n_tokens]
         for chunk in chunks:
             ids += [chunk.seq.token(p) for p in range(chunk.start, chunk.start + chunk.n)]
             if chunk.start + chunk.n == chunk.seq.n_tokens:
                 ready.append((len(ids) - 1, chunk.seq))
         if self.model.device.type == "cpu":
             torch.set_num_threads(self._threads(len(ids)))
-        plan = self.attention.plan(decodes, chunks)
-        hidden = self.model.hidden(self._ids(ids), plan, self._n_direct(len(decodes), chunks))
+        plan = self.attention.plan(decoding, chunks)
+        hidden = self.model.hidden(self._ids(ids), plan, self._n_direct(len(decoding), chunks))
         if not ready:
             return Launched([], lambda: Sampled([], []))
         last = hidden[self._ids([i for i, _ in ready])]
         rows = [seq for _, seq in ready]
-        sampled = sample(self.model.logits(last)[: len(rows)], rows, self.eos_ids)
-        return Launched(rows, lambda: sampled)
+        sampled = sample(self.model.logits(last)[: len(rows)], rows, self.eos_ids, drafts)
+        return Launched(rows, lambda: sampled, drafts)
 
     def _n_direct(self, n_decodes: int, chunks: Seq[Chunk]) -> int:
         """Return how many rows, from the first, are computed as decoding ones; the lone row's copy is one too."""

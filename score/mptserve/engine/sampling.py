@@ -33,32 +33,36 @@ class Sampled:
     finite: list[bool]
 
 
-def sample(logits: Tensor, rows: Seq[Sequence], eos_ids: Tensor) -> Sampled:
+def sample(logits: Tensor, rows: Seq[Sequence], eos_ids: Tensor, drafts: Seq[int] = ()) -> Sampled:
     """Return the next token of each row.
 
     logits: [n, V] float32; changed in place by penalties.  eos_ids: [E] int64, forbidden before `min_new_tokens`.
+    drafts: below V. If there are any, the rows are of one sequence, and row i is drawn as if it had generated the first
+    i of them: with the same penalties and the same noise, so that it is the same token if it had.
     """
     raw = _log_probabilities(logits, rows)  # before anything changes the logits
+    ahead = [drafts[:i] for i in range(len(rows))]
+    steps = [len(seq.out) + len(before) for seq, before in zip(rows, ahead, strict=True)]
     for i, seq in enumerate(rows):
-        _penalise(logits[i], seq, eos_ids)
+        _penalise(logits[i], seq, eos_ids, ahead[i])
     finite = logits.amax(-1).isfinite()
     drawn = [i for i, seq in enumerate(rows) if seq.params.temperature > 0]
     if len(drawn) == len(rows):
-        ids = _draw(logits, rows).tolist()
+        ids = _draw(logits, rows, steps).tolist()
     else:
         best = logits.argmax(-1)
         if drawn:
-            best[drawn] = _draw(logits[drawn], [rows[i] for i in drawn])
+            best[drawn] = _draw(logits[drawn], [rows[i] for i in drawn], [steps[i] for i in drawn])
         ids = best.tolist()
     return Sampled(
         [_token(i, id, seq, raw) for i, (id, seq) in enumerate(zip(ids, rows, strict=True))], finite.tolist()
     )
 
 
-def _penalise(logits: Tensor, seq: Sequence, eos_ids: Tensor) -> None:
-    """Apply the penalties of one row to its logits [V], in place."""
+def _penalise(logits: Tensor, seq: Sequence, eos_ids: Tensor, ahead: Seq[int]) -> None:
+    """Apply the penalties of one row to its logits [V], in place. ahead: tokens to count as generated."""
     p = seq.params
-    if len(seq.out) < p.min_new_tokens:
+    if len(seq.out) + len(ahead) < p.min_new_tokens:
         logits[eos_ids] = -torch.inf
     if p.logit_bias:
         ids, biases = zip(*p.logit_bias, strict=True)
@@ -66,14 +70,22 @@ def _penalise(logits: Tensor, seq: Sequence, eos_ids: Tensor) -> None:
     if p.repetition_penalty == 1 and p.presence_penalty == 0 and p.frequency_penalty == 0:
         return
     seen, counts = penalty_state(seq, len(logits), logits.device)
+    if ahead:
+        seen, counts = seen.clone(), counts.clone()
+        for id in ahead:
+            seen[id] = True
+            counts[id] += 1
     if p.repetition_penalty != 1:
         r = p.repetition_penalty
         logits.copy_(torch.where(seen, torch.where(logits > 0, logits / r, logits * r), logits))
     logits.sub_(counts * p.frequency_penalty + (counts > 0) * p.presence_penalty)
 
 
-def _draw(logits: Tensor, rows: Seq[Sequence], attempt: int = 0) -> Tensor:
-    """Return one sampled token id per row, [n]. Filters in `transformers`' order: top_k, top_p, min_p."""
+def _draw(logits: Tensor, rows: Seq[Sequence], n_out: Seq[int], attempt: int = 0) -> Tensor:
+    """Return one sampled token id per row, [n]. Filters in `transformers`' order: top_k, top_p, min_p.
+
+    n_out: how many tokens were generated before.
+    """
     n_vocab = logits.shape[-1]
     params, device = [seq.params for seq in rows], logits.device
     column = torch.tensor(
@@ -81,7 +93,7 @@ def _draw(logits: Tensor, rows: Seq[Sequence], attempt: int = 0) -> Tensor:
     ).T[..., None]
     temperature, top_p, min_p, top_k = column
     seeds = torch.tensor([p.seed for p in params], device=device)[:, None]
-    steps = torch.tensor([len(seq.out) for seq in rows], device=device)[:, None]
+    steps = torch.tensor(n_out, device=device)[:, None]
 
     log_p = (logits / temperature).log_softmax(-1)
     if all(_unfiltered(p) for p in params):
@@ -105,7 +117,7 @@ def _draw(logits: Tensor, rows: Seq[Sequence], attempt: int = 0) -> Tensor:
         cut_short = (top_k > k) & (keep[:, -1:] | (top_k < n_vocab))
         again = cut_short.nonzero()[:, 0].tolist()
         if again:
-            drawn[again] = _draw(logits[again], [rows[i] for i in again], attempt + 1)
+            drawn[again] = _draw(logits[again], [rows[i] for i in again], [n_out[i] for i in again], attempt + 1)
     return drawn
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from mptserve.engine.attention import Chunk
 from mptserve.engine.kv_cache import reusable
+from mptserve.engine.lookup import PromptLookup
 from mptserve.engine.sequence import BLOCK, Sequence
 
 
@@ -38,19 +39,29 @@ class Scheduler:
 
     exact_resume: after a preemption, feed generated tokens one by one as the first time, instead of as one prompt;
     slower, but bit for bit the same (worth it on a CPU, where the kernels are exact too).
+    speculate_tokens: the most that are guessed for a sequence which runs alone (lookup.py); 0 guesses nothing.
     """
 
-    def __init__(self, cache: Cache, max_rows: int, prefill_tokens: int, exact_resume: bool) -> None:
+    def __init__(
+        self, cache: Cache, max_rows: int, prefill_tokens: int, exact_resume: bool, speculate_tokens: int = 0
+    ) -> None:
         self.cache, self.max_rows, self.exact_resume = cache, max_rows, exact_resume
+        self.speculate_tokens = speculate_tokens
         self.prefill_tokens = max(prefill_tokens // BLOCK, 1) * BLOCK
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.n_preemptions = 0
+        self._lookup: tuple[Sequence, PromptLookup] | None = None
 
     @property
     def may_preempt(self) -> bool:
         """Whether the next step might have to: only sequences with no pending token can be preempted."""
         return self.cache.n_free_blocks < len(self.running)
+
+    @property
+    def may_draft(self) -> bool:
+        """Whether the next step might have drafts: they follow the last token, which must not be pending."""
+        return self.speculate_tokens > 0 and len(self.running) == 1
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
@@ -78,6 +89,36 @@ class Scheduler:
                 budget -= n
         return decodes, chunks
 
+    def draft(self, decodes: list[Sequence], chunks: list[Chunk]) -> list[int]:
+        """Return tokens that may follow in this step, with room for them in the cache: none unless one row decodes."""
+        if not self.may_draft or chunks or len(decodes) != 1:
+            return []
+        seq = decodes[0]
+        most = seq.params.max_new_tokens - len(seq.out) - 1  # the step draws one token more than it has drafts
+        if most < 1 or not seq.may_draft or seq.n_computed + 1 != seq.n_tokens:
+            return []
+        drafts = self._lookup_of(seq).draft(seq, min(most, self.speculate_tokens))
+        return drafts if self.cache.extend(seq, seq.n_tokens + len(drafts)) else []
+
+    def judge(self, seq: Sequence, n_drafted: int, n_accepted: int) -> None:
+        """Note how many drafts were right: those are in the cache like any computed token, the others are forgotten."""
+        seq.n_computed += n_accepted
+        seq.n_drafted += n_drafted
+        seq.n_accepted += n_accepted
+        self._lookup_of(seq).learn(n_accepted)
+
+    def undo(self, seq: Sequence) -> None:
+        """Forget all that is computed of a sequence and compute it again, without drafts from now on."""
+        seq.may_draft = False
+        self.cache.wipe(seq)
+        self._preempt(seq)
+
+    def _lookup_of(self, seq: Sequence) -> PromptLookup:
+        """Return the index of the sequence that runs alone; the last one's makes room for it."""
+        if self._lookup is None or self._lookup[0] is not seq:
+            self._lookup = seq, PromptLookup(self.speculate_tokens)
+        return self._lookup[1]
+
     def advance(self, decodes: list[Sequence], chunks: list[Chunk]) -> None:
         """Note that the step was computed."""
         for seq in decodes:
@@ -96,6 +137,8 @@ class Scheduler:
                 self.cache.release(seq)
         self.running = [seq for seq in self.running if seq.finish_reason is None]
         self.waiting = deque(seq for seq in self.waiting if seq.finish_reason is None)
+        if self._lookup is not None and self._lookup[0].finish_reason is not None:
+            self._lookup = None
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_rows:

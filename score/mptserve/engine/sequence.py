@@ -73,8 +73,9 @@ class Sequence:
     """The engine's record of one sequence. Owned by the engine's thread once submitted.
 
     n_computed: tokens whose keys and values are in the cache.  n_pending: tokens that a step has drawn, but that have
-    not been read back from the device yet (0 or 1).  block_keys: chained digests of the prompt's full
-    blocks.  events: where tokens go as they come, then None; several sequences may share one queue.
+    not been read back from the device yet.  n_drafted, n_accepted: tokens guessed by look-up, and how many were right.
+    may_draft: whether to guess.  block_keys: chained digests of the prompt's full blocks.  events: where tokens go as
+    they come, then None; several sequences may share one queue.
     """
 
     prompt: list[int]
@@ -89,6 +90,9 @@ class Sequence:
     n_pending: int = 0
     n_reused: int = 0
     n_preempted: int = 0
+    n_drafted: int = 0
+    n_accepted: int = 0
+    may_draft: bool = True
     slot: int = -1
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)

@@ -40,6 +40,7 @@ class EngineOptions:
     prefill_tokens: int = 512
     queue_limit: int = 256
     cpu_threads: int = 0
+    speculate_tokens: int = 0
 
 
 def start_engine(
@@ -124,13 +125,14 @@ def assemble(
         if place.kernels:
             from mptserve.engine.gpu_runner import GpuRunner  # needs Triton
 
-            runner = GpuRunner(model, pages, options.max_rows, max_tokens)
+            runner = GpuRunner(model, pages, options.max_rows, max_tokens, options.speculate_tokens)
             runner.capture()
         else:
             runner = Runner(model, PagedAttention(config, pages))
+    exact_resume = place.device.type == "cpu"
     return MPTEngine(
         runner,
-        Scheduler(cache, options.max_rows, options.prefill_tokens, exact_resume=place.device.type == "cpu"),
+        Scheduler(cache, options.max_rows, options.prefill_tokens, exact_resume, options.speculate_tokens),
         max_tokens=max_tokens,
         queue_limit=options.queue_limit,
         on_finish=on_finish,
