@@ -16,6 +16,8 @@ pytest.importorskip("trustme", reason="needs the extra `notebooks`")
 
 from serving import PATIENCE_S, ROOT
 
+pytestmark = pytest.mark.long
+
 
 def test_it_prints_settings_that_work_and_leaves_nothing_behind() -> None:
     command = re.search(r"^azure-local:.*\n\t@PYTHONPATH=(\S+) \$\(BIN\)/python (.+)$", makefile(), re.MULTILINE)

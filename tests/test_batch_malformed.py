@@ -11,6 +11,8 @@ import pytest
 
 from batches import job, places, results, write
 
+pytestmark = pytest.mark.long
+
 PARAMETERS = '{"max_new_tokens": 1}'
 GOOD = b'{"prompt": "Once", "max_new_tokens": 1}\n'
 OK = None

@@ -13,6 +13,8 @@ from batches import job, results, write
 from doors import Door
 from serving import MODEL_DIR, get, post, request
 
+pytestmark = pytest.mark.long
+
 SETTING = {"MPT_MAX_SEQ_LEN": "4096"}
 STORY = "Once upon a time there was a cat. " * 300
 """2,700 tokens and a little, which TOKENS says exactly: above the checkpoint's context and below the setting."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from engines import Tiny, generate, load_tiny, make_engine, random_ids, sequence
 from foundry import foundry_logits
 from mptserve.engine import Job, SamplingParams, windows
-from mptserve.engine.attention import Chunk, SlotAttention
+from mptserve.engine.attention import Chunk, Row, SlotAttention
 from mptserve.engine.config import parse_config
 from mptserve.engine.kv_cache import SlotCache
 from mptserve.engine.model import MPT, alibi_slopes
@@ -123,7 +123,7 @@ def test_decoding_and_prompts_do_not_read_what_cannot_matter() -> None:
     for start, n, plan in ((3968, 20, slots.plan([], [Chunk(seq, 3968, 20)])), (3968, 1, None)):
         seq.n_computed = start
         q, kv = torch.randn(n, 8, 16), torch.randn(n, 2, 8, 16)
-        got = (plan or slots.plan([seq], []))(0, q, kv)
+        got = (plan or slots.plan([Row(seq, start)], []))(0, q, kv)
         keys, values = torch.cat((past, kv.permute(1, 2, 0, 3)), dim=2).double()
         u = torch.arange(start + n) - torch.arange(start, start + n)[:, None]
         scores = torch.einsum("qhd,hsd->hqs", q.double(), keys) * config.scale + slopes[:, None, None] * u

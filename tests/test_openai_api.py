@@ -12,6 +12,8 @@ from batches import job, results, write
 from doors import Door
 from serving import eventually, metrics, post, request
 
+pytestmark = pytest.mark.long
+
 STORY = "Once upon a time"
 SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 7}
 

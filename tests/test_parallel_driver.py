@@ -11,6 +11,8 @@ import pytest
 from local_azure.parallel_driver import ParallelDriver, ParallelJob
 from serving import eventually
 
+pytestmark = pytest.mark.long
+
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
