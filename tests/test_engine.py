@@ -44,7 +44,7 @@ def test_greedy_text_equals_transformers_over_200_tokens() -> None:
         EMBEDDED, config, tokenizer.get_vocab_size(), EngineOptions(dtype="float32", kv_cache_gb=0.1, cpu_threads=1)
     )
     reference = MptForCausalLM.from_pretrained(EMBEDDED, dtype=torch.float32).eval()
-    for prompt in ("Once upon a time", "the meaning of life is", "The king said to his daughter,"):
+    for prompt in ("Once upon a time", "the meaning of life is"):
         ids = tokenizer.encode(prompt).ids
         with torch.no_grad():
             expected = reference.generate(
