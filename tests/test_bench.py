@@ -41,6 +41,7 @@ def test_bench_prints_a_table_and_a_json_line(capsys: pytest.CaptureFixture[str]
     assert all(case["decode_tok_s"] > 0 and case["first_token_ms"] > 0 for case in found["cases"])
 
 
+@pytest.mark.slow
 def test_peers_take_turns_and_agree() -> None:
     command = [
         sys.executable,

@@ -77,7 +77,7 @@ def test_a_layer_equals_the_plain_layer_of_its_values(method: str, n_rows: int) 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs on CPU tensors, in Triton's interpreter")
-@pytest.mark.parametrize("method", ["int8", "int4"])
+@pytest.mark.parametrize("method", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_an_engine_on_codes_equals_the_engine_on_their_values(method: str, tmp_path: Path) -> None:
     raw = tiny_config(n_layers=2, n_heads=2, d_model=32)
     tiny = load_tiny(tmp_path, raw)

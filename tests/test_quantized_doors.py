@@ -35,7 +35,7 @@ def generated(capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("quant", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_the_setting_alone_gives_the_same_text_at_every_door(
     quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
