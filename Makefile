@@ -27,16 +27,16 @@ $(VENV)/.developed: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed ## Start Azure's server on the embedded model, post the sample request, print the answer, stop
-	@$(BIN)/mptserve demo --port $(PORT)
+	@exec $(BIN)/mptserve demo --port $(PORT)
 
 serve: $(VENV)/.installed ## Keep the server running; AZUREML_MODEL_DIR=/models/mpt-7b serves your own model
-	@$(BIN)/mptserve serve --port $(PORT)
+	@exec $(BIN)/mptserve serve --port $(PORT)
 
 azure-local: install ## Azure ML on this machine, for the SDK and the notebooks: prints what to paste into a notebook
-	@PYTHONPATH=score:tests $(BIN)/python -m local_azure
+	@PYTHONPATH=score:tests exec $(BIN)/python -m local_azure
 
 openai: $(VENV)/.installed ## Serve OpenAI's API, /score and a page to play on
-	@AZUREML_MODEL_DIR="$${AZUREML_MODEL_DIR:-samples/mpt-8m}" $(BIN)/python score/openai_app.py --port $(OPENAI_PORT)
+	@AZUREML_MODEL_DIR="$${AZUREML_MODEL_DIR:-samples/mpt-8m}" exec $(BIN)/python score/openai_app.py --port $(OPENAI_PORT)
 
 test: install ## The fast tests, in two minutes: CPU, offline
 	@$(PYTEST)

@@ -164,7 +164,8 @@ async def tokenize(body: TokenizeRequest, service: Ready) -> dict[str, Any]:
 
 @router.post("/detokenize", summary="Return the text of token ids.")
 async def detokenize(body: DetokenizeRequest, service: Ready) -> dict[str, Any]:
-    return {"prompt": await asyncio.to_thread(service.tokenizer.decode, body.tokens)}
+    ids = openai_api.known_ids(service, body.tokens, "tokens")
+    return {"prompt": await asyncio.to_thread(service.tokenizer.decode, list(ids))}
 
 
 # The scoring contract, probes and the page ---------------------------------------------------------------------------

@@ -546,7 +546,7 @@ def test_command_says_when_nothing_is_wrong(capsys: pytest.CaptureFixture[str]) 
     [
         ([], "name files or folders to check"),
         (["nowhere.yml"], "there is no nowhere.yml"),
-        (["--model", "nowhere"], "which is not a folder"),
+        (["--model", "nowhere"], "is not there, or is no folder"),
         (["--model", str(ROOT / "samples" / "mpt-8m"), "--sku", "Standard_NC24ads_A100"], "did you mean"),
     ],
 )
@@ -635,7 +635,7 @@ def test_command_says_which_machines_fit(capsys: pytest.CaptureFixture[str]) -> 
     model = ["check", "--model", str(ROOT / "samples" / "mpt-8m")]
     assert cli.main(model) == 0
     out = capsys.readouterr().out
-    assert "0.01 B parameters, context 2048 tokens" in out
+    assert "0.00839 B parameters, context 2048 tokens" in out
     assert "Standard_NC40ads_H100_v5" in out
     assert cli.main([*model, "--sku", "standard_ds3_v2"]) == 0
     assert "bfloat16" in capsys.readouterr().out
@@ -645,3 +645,9 @@ def test_command_says_when_a_machine_does_not_fit(tmp_path: Path, capsys: pytest
     shutil.copy(ROOT / "tests" / "fixtures" / "configs" / "mpt-30b.json", tmp_path / "config.json")
     assert cli.main(["check", "--model", str(tmp_path), "--sku", "Standard_NC4as_T4_v3"]) == 1
     assert capsys.readouterr().out.count("does not fit") == 2
+
+
+def test_a_reader_who_has_enough_ends_the_command_quietly() -> None:
+    command = f"{sys.executable} -m mptserve.cli check --model samples/mpt-8m | head -c 1"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

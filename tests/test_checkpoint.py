@@ -88,10 +88,10 @@ def test_other_models_beside_it_do_not_matter(tmp_path):
 
 
 def test_folder_that_is_none_is_named(tmp_path):
-    assert not_found(tmp_path / "x") == f"AZUREML_MODEL_DIR is '{tmp_path / 'x'}', which is not a folder"
+    assert not_found(tmp_path / "x") == f"the model's folder '{tmp_path / 'x'}' is not there, or is no folder"
     write_model(tmp_path)
     file = tmp_path / "config.json"
-    assert not_found(file) == f"AZUREML_MODEL_DIR is '{file}', which is not a folder"
+    assert not_found(file) == f"the model's folder '{file}' is not there, or is no folder"
 
 
 def test_nothing_found_says_what_was_looked_for(tmp_path):

@@ -31,7 +31,7 @@ def test_prompt_text_speed_and_memory_are_printed_streamed_or_not(
     assert "\nOnce upon a time\n" in whole
     assert re.search(r"4 prompt tokens, 12 new, ended by length\nfirst token after \d+ ms, then [\d.]+ tokens/s", whole)
     assert re.search(r"memory: [\d.]+ GB at most", whole)
-    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once upon a time\n"))
     assert main(["generate", "--repo-id-or-model-path", str(EMBEDDED), "--n-predict", "12", "--stream"]) == 0
     streamed = capsys.readouterr().out
     assert text_of(streamed) == text_of(whole) != ""
@@ -60,7 +60,7 @@ def test_chat_takes_the_models_template(capsys: pytest.CaptureFixture[str]) -> N
 def test_mistakes_are_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--model", "mosaicml/mpt-7b", "--prompt", "x"]) == 1
     captured = capsys.readouterr()
-    assert captured.err == "mptserve: AZUREML_MODEL_DIR is 'mosaicml/mpt-7b', which is not a folder\n"
+    assert captured.err == "mptserve: the model's folder 'mosaicml/mpt-7b' is not there, or is no folder\n"
     assert captured.out == ""
     assert main(["generate", "--model", str(EMBEDDED), "--prompt", "x", "--n-predict", "0"]) == 1
     assert "must be" in capsys.readouterr().err

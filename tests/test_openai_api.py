@@ -98,6 +98,14 @@ def test_a_prompt_may_be_token_ids(client, door):
         assert client.completions.create(model="m", prompt=prompt, max_tokens=8, seed=1).choices[0].text == of_text
     with pytest.raises(openai.BadRequestError, match="has the token id 9999; the largest is 8191"):
         client.completions.create(model="m", prompt=[1, 9999])
+    refused = post(door.port, {"tokens": [1, 9999]}, path="/detokenize")
+    assert (refused.status, refused.json["error"]["param"]) == (400, "tokens")
+    assert post(door.port, {"tokens": []}, path="/detokenize").json == {"prompt": ""}
+
+
+def test_our_name_of_a_parameter_of_openais_is_refused_with_theirs(door):
+    refused = post(door.port, {"prompt": STORY, "max_new_tokens": 5}, path="/v1/completions")
+    assert refused.json["error"]["message"] == "`max_new_tokens` is not known; did you mean `max_tokens`?"
 
 
 def test_echo_gives_the_prompt_back(client):

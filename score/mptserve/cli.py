@@ -23,6 +23,16 @@ ROLLOUT = SCORE_DIR.parent / "endpoint" / "rollout.sh"
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
+    try:
+        status = _main(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read has enough, as in `mptserve check … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(argv: list[str] | None) -> int:
     first, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if first == "check":  # it and the next parse their own arguments
         from mptserve.check.command import main as check  # imports PyTorch, which the other commands need not wait for

@@ -26,7 +26,7 @@ def add_arguments(command: argparse.ArgumentParser, model_dir: str) -> None:
         "--model",
         "--repo-id-or-model-path",  # the name in older INT4 examples
         default=model_dir,
-        help="checkpoint folder (a folder, not a hub id: the published weights are no longer on the hub)",
+        help="checkpoint folder, the embedded model's when left out (no hub id: the published weights left it)",
     )
     command.add_argument("--prompt", help="the text to continue; standard input when left out, or `-`")
     command.add_argument("--n-predict", type=int, default=32, help="most tokens to generate")
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Generate and print; return the exit status. Errors go to standard error in one line."""
     from mptserve.service import Service
 
-    prompt = args.prompt if args.prompt not in (None, "-") else sys.stdin.read()
+    prompt = args.prompt if args.prompt not in (None, "-") else sys.stdin.read().removesuffix("\n")
     try:
         service = Service(_settings(args))
     except StartupError as exc:

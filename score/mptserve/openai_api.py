@@ -103,7 +103,7 @@ def _prompts(service: Service, body: CompletionRequest) -> list[Located]:
     if isinstance(value, str):
         return [Located(value, "prompt")]
     if isinstance(value[0], int):
-        return [Located(_known_ids(service, value, "prompt"), "prompt")]
+        return [Located(known_ids(service, value, "prompt"), "prompt")]
     if len(value) > service.settings.max_prompts:
         raise InvalidRequest(
             f"`prompt` must have at most {service.settings.max_prompts} items, got {len(value)}",
@@ -111,11 +111,12 @@ def _prompts(service: Service, body: CompletionRequest) -> list[Located]:
             code="wrong_length",
         )
     places = [(item, f"prompt[{i}]") for i, item in enumerate(value)]
-    return [Located(item if isinstance(item, str) else _known_ids(service, item, at), at) for item, at in places]
+    return [Located(item if isinstance(item, str) else known_ids(service, item, at), at) for item, at in places]
 
 
-def _known_ids(service: Service, ids: Any, field: str) -> tuple[int, ...]:
-    if (largest := max(ids)) >= service.tokenizer.n_tokens:
+def known_ids(service: Service, ids: Any, field: str) -> tuple[int, ...]:
+    """Return the ids as they are; raises InvalidRequest where the tokenizer has no such token."""
+    if (largest := max(ids, default=0)) >= service.tokenizer.n_tokens:
         raise InvalidRequest(
             f"`{field}` has the token id {largest}; the largest is {service.tokenizer.n_tokens - 1}",
             field=field,
@@ -278,7 +279,8 @@ def error(exc: ScoringError) -> dict[str, Any]:
     """Return an error in OpenAI's shape."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(exc.status, "invalid_request_error" if exc.status < 500 else "server_error")
-    message = exc.message.replace("`max_new_tokens`", "`max_tokens`")
+    renamed = exc.code != "unknown_parameter"  # that error is about the name which the caller gave
+    message = exc.message.replace("`max_new_tokens`", "`max_tokens`") if renamed else exc.message
     return {"error": {"message": message, "type": kind, "param": exc.field, "code": exc.code}}
 
 

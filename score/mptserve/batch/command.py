@@ -64,6 +64,8 @@ def run_batch(args: argparse.Namespace) -> int:
     except EngineBroken as exc:
         print(f"the engine stopped: {exc}; the log has the reason", file=sys.stderr)
         stopped = 1
+    if job.n_kept:
+        print(f"{job.n_kept} of {len(files)} files had been scored before and were left as they are")
     return report(job.close(), args.output) or stopped
 
 

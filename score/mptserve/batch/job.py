@@ -46,6 +46,8 @@ class BatchJob:
         self._output_dir = Path(settings.batch_output_dir).absolute()
         self.service = Service(unhurried(settings), on_failure)
         self._rows = RowRequests(self.service.parser, settings.batch_prompt_column, settings.batch_seed)
+        self.n_kept = 0
+        """Files that were not scored again, because their results were whole."""
         self._summaries = Summaries(self._output_dir, what_results_depend_on(settings))
 
     def run(self, paths: list[str]) -> list[dict[str, Any]]:
@@ -87,6 +89,7 @@ class BatchJob:
             if done is not None:
                 ended.append(done)
                 progress.files += 1
+                self.n_kept += 1
                 log.info("results are whole already", extra={"numbers": {"rows": done["rows"]}})
                 continue
             run = FileRun(file, content, ResultFile(path, self.settings.batch_format))

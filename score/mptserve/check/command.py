@@ -71,7 +71,7 @@ def _fit(folder: Path, name: str | None) -> int:
         if name.lower() not in skus():
             return _cannot(f"{name} is not on Azure's list for online endpoints; did you mean {nearest_sku(name)}?")
         machines = [skus()[name.lower()]]
-    print(f"{config.n_parameters / 1e9:.2f} B parameters{_stored(config)}, context {config.max_seq_len} tokens\n")
+    print(f"{config.n_parameters / 1e9:.3g} B parameters{_stored(config)}, context {config.max_seq_len} tokens\n")
     print(f"{'machine':<26} {'card':<8} {'dtype':<9} {'weights':>9} {'usable':>9} {'tokens':>10} {'contexts':>9}")
     all_fit = True
     for sku in machines:
@@ -79,7 +79,7 @@ def _fit(folder: Path, name: str | None) -> int:
             it = fit(config, sku, dtype)
             room = f"{it.tokens:>10,} {it.tokens / config.max_seq_len:>9.1f}" if it.fits else f"{'does not fit':>20}"
             card = sku.gpu.name if sku.gpu else "CPU"
-            print(f"{sku.name:<26} {card:<8} {dtype:<9} {it.weights_gb:>6.1f} GB {it.usable_gb:>6.1f} GB {room}")
+            print(f"{sku.name:<26} {card:<8} {dtype:<9} {it.weights_gb:>6.2f} GB {it.usable_gb:>6.1f} GB {room}")
         all_fit = all_fit and fit(config, sku, sku.dtypes[0]).fits
     return 0 if name is None or all_fit else 1
 

@@ -39,7 +39,7 @@ def find_checkpoint(root: Path) -> Checkpoint:
     Raises ModelNotFound when there is none, several, or no tokenizer.json with it.
     """
     if not root.is_dir():
-        raise ModelNotFound(f"AZUREML_MODEL_DIR is {str(root)!r}, which is not a folder")
+        raise ModelNotFound(f"the model's folder {str(root)!r} is not there, or is no folder")
     configs = [path for path in _walk(root, "config.json") if _is_mpt(path)]
     found = {path.parent.resolve(): path.parent for path in configs if weight_files(path.parent)}
     folders = list(found.values())  # a link such as `latest` is no second checkpoint
