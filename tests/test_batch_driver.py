@@ -1,6 +1,7 @@
 """The batch door under the parallel driver: processes killed in the middle lose no row and double none.
 
-BATCH_TEST_ROWS rows in all (2,000 without it in the slow test; 100,000 took 20 minutes on two slow cores, half of it asking the online door).
+BATCH_TEST_ROWS rows in all (2,000 without it in the slow test; 100,000 took 20 minutes on two slow cores, half of it
+asking the online door).
 """
 
 import json
