@@ -211,7 +211,7 @@ def test_a_calibrated_checkpoint_loads_generates_and_says_what_it_is(
     assert "8 new, ended by length" in capsys.readouterr().out
     assert check(["--model", str(targets[0])]) == 0
     assert capsys.readouterr().out.startswith(
-        "0.00 B parameters in int4, rounded by GPTQ on 2,304 tokens of text, context 256 tokens\n"
+        "0.000672 B parameters in int4, rounded by GPTQ on 2,304 tokens of text, context 256 tokens\n"
     )
 
 
