@@ -13,6 +13,7 @@ from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence
 from mptserve.engine.attention import Chunk, SlotAttention
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import parse_config
+from mptserve.engine.cpu_kernels import CompiledLinear, why_no_cpu_kernels
 from mptserve.engine.kv_cache import PagedCache, SlotCache
 from mptserve.engine.lookup import PromptLookup
 from mptserve.engine.model import MPT
@@ -23,6 +24,9 @@ from mptserve.engine.weights import Placement, load_model
 from tiny import write_checkpoint
 
 CPU = torch.device("cpu")
+COMPILED = pytest.param(True, id="compiled", marks=pytest.mark.skipif(bool(why_no_cpu_kernels()), reason="no kernels"))
+EITHER = (pytest.param(False, id="plain"), COMPILED)
+"""For `load_tiny`: with PyTorch's operations, and with our kernels."""
 
 
 @dataclass
@@ -35,10 +39,18 @@ class Tiny:
     folder: Path
 
 
-def load_tiny(folder: Path, raw: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tiny:
-    tensors = write_checkpoint(folder, raw, seed)
+def load_tiny(
+    folder: Path, raw: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0, compiled: bool = False
+) -> Tiny:
+    """Write and load a tiny model; `compiled`: with bfloat16 weights, for the kernels in C to compute with."""
+    tensors = write_checkpoint(folder, raw, seed, torch.bfloat16 if compiled else torch.float32)
     config = parse_config(raw)
-    return Tiny(raw, tensors, load_model(WeightReader(folder, config), config, Placement(CPU, dtype), 10**9), folder)
+    place = Placement(CPU, dtype, kernels=compiled)
+    return Tiny(raw, tensors, load_model(WeightReader(folder, config), config, place, 10**9), folder)
+
+
+def is_compiled(model: MPT) -> bool:
+    return isinstance(model.head, CompiledLinear)
 
 
 def make_engine(
@@ -67,7 +79,7 @@ def make_engine(
         from mptserve.engine.gpu_runner import GpuRunner
 
         return MPTEngine(GpuRunner(model, cache, max_rows, limits["max_tokens"], speculate), scheduler, **limits)
-    attention: Any = PagedAttention(config, cache) if paged else SlotAttention(config, cache)
+    attention: Any = PagedAttention(config, cache) if paged else SlotAttention(config, cache, is_compiled(model))
     return MPTEngine(Runner(model, attention), scheduler, **limits)
 
 
@@ -86,7 +98,7 @@ def all_logits(model: MPT, ids: list[int], cut_at: tuple[int, ...] = (), paged: 
         assert pages.acquire(seq)
     else:
         slots = SlotCache(config, 64, 2, 2048)
-        attention = SlotAttention(config, slots)
+        attention = SlotAttention(config, slots, is_compiled(model))
         assert slots.acquire(seq)
     runner, found = Runner(model, attention), []
     edges = (0, *cut_at, len(ids))

@@ -20,7 +20,9 @@ pytestmark = pytest.mark.long
 
 
 def test_it_prints_settings_that_work_and_leaves_nothing_behind() -> None:
-    command = re.search(r"^azure-local:.*\n\t@PYTHONPATH=(\S+) (?:exec )?\$\(BIN\)/python (.+)$", makefile(), re.MULTILINE)
+    command = re.search(
+        r"^azure-local:.*\n\t@PYTHONPATH=(\S+) (?:exec )?\$\(BIN\)/python (.+)$", makefile(), re.MULTILINE
+    )
     assert command is not None
     environ = os.environ | {"PYTHONPATH": command[1]}
     with subprocess.Popen(

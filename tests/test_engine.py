@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import MptForCausalLM
 
-from engines import Tiny, all_logits, generate, load_tiny, make_engine, random_ids
+from engines import COMPILED, Tiny, all_logits, generate, load_tiny, make_engine, random_ids
 from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.config import read_config
 from mptserve.engine.sampling import derived_seed
@@ -28,10 +28,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     return load_tiny(tmp_path_factory.mktemp("tiny"), tiny_config(max_seq_len=512))
 
 
-@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
+@pytest.fixture(scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.long), COMPILED])
 def any_dtype(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder = tmp_path_factory.mktemp("tiny")
-    return load_tiny(folder, tiny_config(max_seq_len=512), getattr(torch, request.param))
+    folder, raw = tmp_path_factory.mktemp("tiny"), tiny_config(max_seq_len=512)
+    if request.param is True:
+        return load_tiny(folder, raw, compiled=True)
+    return load_tiny(folder, raw, getattr(torch, request.param))
 
 
 def sampled(seed: int, **changes: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import Tiny, generate, load_tiny, make_engine, random_ids, sequence
+from engines import EITHER, Tiny, generate, load_tiny, make_engine, random_ids, sequence
 from foundry import foundry_logits
 from mptserve.engine import Job, SamplingParams, windows
 from mptserve.engine.attention import Chunk, Row, SlotAttention
@@ -131,11 +131,11 @@ def test_decoding_and_prompts_do_not_read_what_cannot_matter() -> None:
         torch.testing.assert_close(got.double(), want.flatten(1), atol=2e-6, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+@pytest.fixture(scope="module", params=EITHER)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Twelve heads: two groups with windows of their own, the second of odd heads."""
     raw = tiny_config(max_seq_len=4096, n_layers=2, n_heads=12, d_model=192)
-    return load_tiny(tmp_path_factory.mktemp("tiny"), raw)
+    return load_tiny(tmp_path_factory.mktemp("tiny"), raw, compiled=request.param)
 
 
 def test_windows_change_logits_by_no_more_than_their_order_of_sums(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from transformers import MptForCausalLM
 
 from engines import Tiny, all_logits, load_tiny, random_ids
 from foundry import foundry_logits, slopes
+from mptserve.engine.cpu_kernels import why_no_cpu_kernels
 from mptserve.engine.model import alibi_slopes
 from tiny import tiny_config
 
@@ -33,6 +34,9 @@ ONLY_IN_FOUNDRY: dict[str, dict[str, Any]] = {
     "larger epsilon": {"layer_norm_epsilon": 1e-2},
     "12 heads, bias_max 16": {"n_heads": 12, "d_model": 192, "alibi_bias_max": 16},
 }
+
+
+needs_kernels = pytest.mark.skipif(bool(why_no_cpu_kernels()), reason=why_no_cpu_kernels())
 
 
 def tiny(tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype = torch.float32) -> Tiny:
@@ -60,6 +64,19 @@ def test_logits_equal_foundrys_maths(tmp_path: Path, changes: dict[str, Any], pa
     ids = random_ids(100, seed=2)
     expected = foundry_logits(t.raw, t.tensors, ids).float()
     torch.testing.assert_close(all_logits(t.model, ids, paged=paged), expected, atol=1e-5, rtol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "changes", (RIGHT_IN_TRANSFORMERS | ONLY_IN_FOUNDRY).values(), ids=RIGHT_IN_TRANSFORMERS | ONLY_IN_FOUNDRY
+)
+def test_compiled_logits_equal_foundrys_maths(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Its weights are bfloat16, all else is float32: nothing more is lost than in float32."""
+    t = load_tiny(tmp_path, tiny_config(**changes), compiled=True)
+    ids = random_ids(100, seed=2)
+    weights = {name: tensor.float() for name, tensor in t.tensors.items()}
+    expected = foundry_logits(t.raw, weights, ids).float()
+    torch.testing.assert_close(all_logits(t.model, ids), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("changes", ONLY_IN_FOUNDRY.values(), ids=ONLY_IN_FOUNDRY)

@@ -117,10 +117,9 @@ def test_every_package_is_packaged(project):
     assert set(project["tool"]["setuptools"]["packages"]) == found
     data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     packages = {".".join(path.parent.relative_to(SCORE).parts) for path in data}
-    assert {path.suffix for path in data} == {".json", ".html"}
-    assert project["tool"]["setuptools"]["package-data"] == {
-        name: ["*.json", "*.html"] if name == "mptserve" else ["*.json"] for name in packages
-    }
+    assert {path.suffix for path in data} == {".json", ".html", ".c"}
+    others = {"mptserve": ["*.json", "*.html"], "mptserve.engine": ["*.c"]}
+    assert project["tool"]["setuptools"]["package-data"] == {name: others.get(name, ["*.json"]) for name in packages}
 
 
 def test_licence_is_apache_2(project):

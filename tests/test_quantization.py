@@ -163,6 +163,7 @@ def test_unequal_settings_and_shapes_are_refused(monkeypatch: pytest.MonkeyPatch
         chosen_quant("int4", stored)
     with pytest.raises(UnsupportedModel, match="d_model to be a multiple of 32, got 48"):
         chosen_quant("int4", parse_config(tiny_config(d_model=48, n_heads=3)))
+    monkeypatch.setattr("mptserve.engine.weights.why_no_cpu_kernels", lambda: "there is no gcc")
     monkeypatch.setattr(quantized, "_block_width", lambda: 0)
     with pytest.raises(BadSetting, match="MPT_QUANT int4 cannot run on this CPU"):
         choose_placement("cpu", "float32", quant="int4")

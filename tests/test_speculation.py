@@ -13,7 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from engines import Tiny, guess, load_tiny, make_engine, random_ids, sequence
+from engines import EITHER, Tiny, guess, load_tiny, make_engine, random_ids, sequence
 from mptserve.engine import Job, MPTEngine, SamplingParams, Token, windows
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import parse_config, read_config
@@ -28,9 +28,9 @@ PROMPT = random_ids(20, seed=1) * 3
 PROMPT_OF_FEW = [id % 16 for id in PROMPT]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    return load_tiny(tmp_path_factory.mktemp("tiny"), tiny_config(max_seq_len=512))
+@pytest.fixture(scope="module", params=EITHER)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    return load_tiny(tmp_path_factory.mktemp("tiny"), tiny_config(max_seq_len=512), compiled=request.param)
 
 
 @pytest.fixture(scope="module")

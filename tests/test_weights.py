@@ -20,6 +20,7 @@ MPT_7B = tiny_config(d_model=4096, n_heads=32, n_layers=32, vocab_size=50432, ma
 
 
 def test_auto_takes_a_dtype_that_the_cpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mptserve.engine.weights.why_no_cpu_kernels", lambda: "there is no gcc")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     assert choose_placement("cpu", "auto") == Placement(CPU, torch.bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mptserve.engine import windows
+from mptserve.engine import cpu_kernels, windows
 from mptserve.engine.config import MPTConfig
 from mptserve.engine.kv_cache import SlotCache
 from mptserve.engine.model import alibi_slopes
@@ -46,14 +46,17 @@ class Row(NamedTuple):
 class SlotAttention:
     """Attention on the CPU, in place on a SlotCache, with rows that do not depend on their neighbours.
 
-    Decoding rows go through batched matrix products, prompts through tiles of 32 queries that start at multiples of
-    32: every call then has a shape that depends only on the row's own position, so its bits do too, whatever else is
-    in the step, however a prompt is cut into chunks, and wherever a reused prefix ends. (Checked by tests; it holds
+    Decoding rows go through a kernel, or without it through batched matrix products, prompts through tiles of 32
+    queries that start at multiples of 32: what a row's bits depend on is then its own position, whatever else is in the
+    step, however a prompt is cut into chunks, and wherever a reused prefix ends. (Checked by tests; it holds
     for head sizes that are multiples of 16, as all published ones are.)
+
+    compiled: whether the kernels of cpu_kernels.py can be used.
     """
 
-    def __init__(self, config: MPTConfig, cache: SlotCache) -> None:
+    def __init__(self, config: MPTConfig, cache: SlotCache, compiled: bool = False) -> None:
         self.config, self.cache = config, cache
+        self.compiled = compiled and config.head_dim % 16 == 0
         self.slopes = alibi_slopes(config.n_heads, config.alibi_bias_max)
         # The bias of a tile depends only on key - query, so one line per head holds it: slope * u for u <= 0, then
         # -inf for keys after the query. A tile's [H, 32, S] bias is a strided view of the lines, whatever S.
@@ -123,17 +126,7 @@ class SlotPlan:
         self.cache, self.k_norms = attention.cache.kv, attention.cache.k_norms
         self.scale, self.slopes = attention.config.scale, attention.slopes
         self.n_decodes, self.chunks = len(decodes), chunks
-        self.rows = [
-            _Rows(
-                a,
-                b,
-                decodes[a].seq.slot,
-                n_keys,
-                attention.row_bias(_positions(decodes[a:b]) + 1, n_keys),
-                decodes[a].position,
-            )
-            for a, b, n_keys in _groups(decodes, attention.key_step, attention.tokens_per_call)
-        ]
+        self.rows = [] if attention.compiled else _grouped(attention, decodes)
         alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (slot, first token in the step, tokens)
         first = len(decodes)
         for chunk in chunks:
@@ -161,12 +154,21 @@ class SlotPlan:
                 tokens += range(first, first + chunk.n)
             first += chunk.n
         self.write_slots, self.write_positions = torch.tensor(slots), torch.tensor(positions)
-        self.write_tokens = slice(len(tokens)) if tokens == [*range(len(tokens))] else torch.tensor(tokens)
+        self.write_tokens = torch.tensor(tokens)
+        self.compiled = attention.compiled
+        # (row, slot, position) of compiled rows with windows.
+        self.far = [
+            (i, row.seq.slot, row.position)
+            for i, row in enumerate(decodes)
+            if self.compiled and row.position >= windows.WINDOWED_FROM
+        ]
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         dtype, q, kv = q.dtype, q.float(), kv.float()
         cache = self.cache[layer]  # [2, slots, H, tokens, D]
-        if len(self.write_slots):
+        if self.compiled:
+            cpu_kernels.store(kv, self.write_tokens, self.write_slots, self.write_positions, cache)
+        elif len(self.write_slots):
             cache[:, self.write_slots, :, self.write_positions] = kv[self.write_tokens]
         for chunk, first in self.long_chunks:
             piece = kv[first : first + chunk.n].permute(1, 2, 0, 3)
@@ -174,15 +176,31 @@ class SlotPlan:
         for slot, block, n in self.whole:
             windows.note_norms(self.k_norms[layer, slot], cache[0, slot, :, block * BLOCK : (block + n) * BLOCK], block)
         k = kv[:, 0]
-        if len(self.rows) == 1 and len(q) == self.n_decodes:
+        if self.compiled and len(q) == self.n_decodes:
+            out = self._compiled(layer, q, k)
+        elif len(self.rows) == 1 and len(q) == self.n_decodes:
             out = self._decode(layer, self.rows[0], q, k)
         else:
             out = torch.zeros_like(q)
+            if self.compiled and self.n_decodes:
+                out[: self.n_decodes] = self._compiled(layer, q[: self.n_decodes], k)
             for rows in self.rows:
                 out[rows.a : rows.b] = self._decode(layer, rows, q, k)
             for tiles in self.tiles:
                 out[tiles.tokens] = self._prefill(layer, tiles, q, k)
         return out.view(len(q), -1).to(dtype)
+
+    def _compiled(self, layer: int, q: Tensor, k: Tensor) -> Tensor:
+        """Return what all decoding rows see: q [n_decodes, H, D] -> the same shape."""
+        first = None
+        if self.far:
+            first = torch.zeros(q.shape[:2], dtype=torch.int64)
+            for i, slot, position in self.far:
+                for heads, key in self._windows(layer, slot, position, q[i : i + 1], k[i : i + 1]):
+                    first[i, heads] = key
+        n = self.n_decodes
+        at = self.write_slots[:n], self.write_positions[:n]
+        return cpu_kernels.attend(q, self.cache[layer], *at, first, self.slopes, self.scale)
 
     def _decode(self, layer: int, rows: _Rows, q: Tensor, k: Tensor) -> Tensor:
         n, (_, heads, head_dim), queries = rows.b - rows.a, q.shape, q[rows.a : rows.b]
@@ -225,6 +243,21 @@ class SlotPlan:
     def _windows(self, layer: int, slot: int, start: int, q: Tensor, k: Tensor) -> list[tuple[slice, int]]:
         k_norm = self.k_norms[layer, slot, start // BLOCK - 1]
         return windows.first_keys(q, k, k_norm, start, self.slopes, self.scale)
+
+
+def _grouped(attention: SlotAttention, decodes: Seq[Row]) -> list[_Rows]:
+    """Return the decoding rows in groups for batched matrix products."""
+    return [
+        _Rows(
+            a,
+            b,
+            decodes[a].seq.slot,
+            n_keys,
+            attention.row_bias(_positions(decodes[a:b]) + 1, n_keys),
+            decodes[a].position,
+        )
+        for a, b, n_keys in _groups(decodes, attention.key_step, attention.tokens_per_call)
+    ]
 
 
 def _tiles(start: int, tiles: list[tuple[int, int, int]], bias: Tensor) -> _Tiles:

@@ -23,7 +23,12 @@ Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Linear(Protocol):
-    """y = norm(x) Wᵀ + b, with the neighbours that a kernel can fuse."""
+    """y = norm(x) Wᵀ + b, with the neighbours that a kernel can fuse.
+
+    min_rows: with fewer, other kernels may be taken, that come to other bits.
+    """
+
+    min_rows: int
 
     def __call__(self, x: Tensor, norm: "Norm | None" = None) -> Tensor: ...
     def gelu(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
@@ -44,6 +49,8 @@ class StepRows:
 
 class PlainLinear:
     """A linear layer by PyTorch's own matrix product, on any device."""
+
+    min_rows = 2
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
@@ -70,6 +77,8 @@ class PackedLinear:
     1.5 (bfloat16) to 4 times (float32, 8 rows) as fast as F.linear, and a row's bits do not depend on how many rows
     are computed with it, as long as there are at least two: with one row oneDNN takes another kernel.
     """
+
+    min_rows = 2
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
@@ -139,6 +148,7 @@ class MPT:
 
     wte: [V, d] embedding, perhaps in fewer bits than the model's dtype.  head: the tied embedding as a linear layer,
     cut to the rows that have a token.  rows: what the layers of the model may ask about the step that they are in.
+    min_rows: a step's; see Linear.
     """
 
     def __init__(
@@ -154,6 +164,8 @@ class MPT:
         self.config, self.wte, self.blocks, self.norm_f, self.head = config, wte, blocks, norm_f, head
         self.n_tokens, self.rows = n_tokens, rows or StepRows()
         self.device, self.dtype = wte.device, norm_f.weight.dtype
+        linears = [head, *(x for b in blocks for x in (b.Wqkv, b.out_proj, b.up_proj, b.down_proj))]
+        self.min_rows = max(linear.min_rows for linear in linears)
 
     def hidden(self, token_ids: Tensor, attend: Attend, n_direct: int = 0) -> Tensor:
         """Return the last layer's normed output, [N, d], for token_ids [N]; n_direct: see StepRows."""

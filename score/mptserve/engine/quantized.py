@@ -1,4 +1,4 @@
-"""Linear layers with 8-bit or 4-bit weights on a CPU.
+"""Linear layers with 8-bit or 4-bit weights by PyTorch's operations, for CPUs without our own kernels (cpu_kernels.py).
 
 Both give a row the same bits whatever is computed beside it. The 8-bit product is exact in integers, so it does by
 nature. 4-bit weights have two ways of different rounding: which one a row takes depends on what the row is (a decoding
@@ -44,6 +44,7 @@ def _levels() -> int:
 class _Layer:
     """The Linear protocol around `product`, [N, n_in] float32 to [N, n_out] float32."""
 
+    min_rows = 2
     bias: Tensor | None
 
     def product(self, x: Tensor) -> Tensor:

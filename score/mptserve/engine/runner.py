@@ -160,7 +160,7 @@ class Runner:
         return self.n_threads if seconds > _WORTH_THREADS else 1
 
     def _ids(self, numbers: list[int]) -> Tensor:
-        """Return numbers as a tensor of at least two: a single row would take another linear kernel and other bits."""
-        if len(numbers) == 1:
+        """Return numbers as a tensor, a single one twice if it must not be alone."""
+        if len(numbers) < self.model.min_rows:
             numbers = numbers * 2
         return torch.tensor(numbers, device=self.model.device)

@@ -71,7 +71,7 @@ def start_engine(
     # which halves the speed of small models.
     with ThreadPoolExecutor(max_workers=1) as loader:
         model, speed = loader.submit(load).result()
-    if not place.kernels:  # these warm up while they capture graphs
+    if place.device.type == "cpu" or not place.kernels:  # a GPU's warm up while they capture graphs
         _warm_up(assemble(model, place, min(max_seq_len, 4 * BLOCK), options, speed))
     engine = assemble(model, place, max_seq_len, options, speed, on_finish=on_finish, on_failure=on_failure)
     if engine.max_tokens < max_seq_len:
@@ -87,6 +87,7 @@ def start_engine(
             "numbers": {
                 "device": str(place.device),
                 "dtype": str(place.dtype),
+                "kernels": place.kernels,
                 "quant": place.quant or "none",
                 "rounding": config.rounding if place.quant else "none",
                 "parameters": config.n_parameters,
@@ -118,7 +119,9 @@ def assemble(
     if place.device.type == "cpu":
         slots = SlotCache(config, n_blocks, options.max_rows, max_tokens)
         cache = slots
-        runner = Runner(model, SlotAttention(config, slots), speed, options.cpu_threads or available_cores())
+        runner = Runner(
+            model, SlotAttention(config, slots, place.kernels), speed, options.cpu_threads or available_cores()
+        )
     else:
         pages = PagedCache(config, n_blocks, place.kv_dtype, place.device, options.max_rows)
         cache = pages

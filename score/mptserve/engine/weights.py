@@ -13,9 +13,10 @@ from torch import Tensor
 from mptserve.engine.capability import why_no_kernels
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import MPTConfig
+from mptserve.engine.cpu_kernels import CompiledLinear, why_no_cpu_kernels
 from mptserve.engine.memory import available_bytes, give_back_freed
 from mptserve.engine.model import MPT, Block, Linear, Norm, PackedLinear, PlainLinear, StepRows, can_pack
-from mptserve.engine.quantization import Quantized, check_quantizable, is_quantized, quantize, weight_bytes
+from mptserve.engine.quantization import GROUP, Quantized, check_quantizable, is_quantized, quantize, weight_bytes
 from mptserve.engine.quantized import Int4Linear, Int8Linear, require_cpu_support
 from mptserve.errors import BadSetting, DoesNotFit
 
@@ -28,7 +29,8 @@ MIN_KV_TOKENS = 2048
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs. kv_dtype: of the keys and values, float32 on a CPU (see kv_cache.py), the model's own or
-    int8 on a GPU.  kernels: whether our Triton kernels run there.  quant: None, or how linear weights are held."""
+    int8 on a GPU.  kernels: whether our own run there, Triton's on a GPU, those in C on a CPU.  quant: None, or how
+    linear weights are held."""
 
     device: torch.device
     dtype: torch.dtype
@@ -70,9 +72,12 @@ def choose_placement(device: str, dtype: str, kv_dtype: str = "auto", quant: str
     if kv_dtype == "int8" and where.type == "cpu":
         raise BadSetting("MPT_KV_DTYPE int8 is for GPUs; a CPU reads float32 keys and values faster")
     if where.type == "cpu":
-        if quant is not None:
-            require_cpu_support(quant)
-        return Placement(where, chosen, quant=quant)
+        missing = why_no_cpu_kernels()
+        if missing:
+            log.warning("no compiled kernels, PyTorch's operations instead, which are slower: %s", missing)
+            if quant is not None:
+                require_cpu_support(quant)
+        return Placement(where, chosen, kernels=not missing, quant=quant)
     missing = why_no_kernels(where)
     if missing and quant is not None:
         raise BadSetting(f"MPT_QUANT {quant} needs the Triton kernels, which do not run on this GPU: {missing}")
@@ -115,6 +120,7 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
     them from several readers at once.
     """
     make, rows = _linear_maker(place), StepRows()
+    stored = None if place.device.type == "cpu" else place.dtype  # there, layers choose by what they are given
     make_quantized = _quantized_maker(place, rows)
     progress = _Progress(reader.n_bytes)
     on_gpu: dict[str, Tensor] = {}
@@ -147,7 +153,7 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
 
     def linear(name: str) -> Linear:
         if place.quant is None:
-            return make(tensor(f"{name}.weight"), bias(name))
+            return make(tensor(f"{name}.weight", stored), bias(name))
         return make_quantized(weight_codes(f"{name}.weight"), bias(name))
 
     def weight_codes(name: str) -> Quantized:
@@ -168,10 +174,11 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
 
     with torch.inference_mode():
         on_cpu = place.device.type == "cpu"
-        wte = tensor("transformer.wte.weight", torch.bfloat16 if place.quant and on_cpu else place.dtype)
+        # A step reads few rows of the embedding: on a CPU there is no need to have it in more bits than it came in.
+        wte = tensor("transformer.wte.weight", torch.bfloat16 if place.quant and on_cpu else stored)
         blocks = [block(i) for i in range(config.n_layers)]
         n_tokens = min(n_tokens, config.vocab_size)
-        head = wte if config.tie_word_embeddings else tensor("lm_head.weight")
+        head = wte if config.tie_word_embeddings else tensor("lm_head.weight", stored)
         model = MPT(config, wte, blocks, norm("transformer.norm_f"), head_linear(head[:n_tokens]), n_tokens, rows)
     give_back_freed()
     progress.done()
@@ -194,11 +201,20 @@ def build_block(config: MPTConfig, i: int, norm: Callable[[str], Norm], linear: 
 
 
 def _linear_maker(place: Placement) -> Callable[[Tensor, Tensor | None], Linear]:
-    if place.kernels:
+    if place.kernels and place.device.type != "cpu":
         from mptserve.engine.gpu_linear import KernelLinear  # needs Triton
 
         return KernelLinear
-    return PackedLinear if place.device.type == "cpu" and can_pack(place.dtype) else PlainLinear
+    if place.device.type != "cpu":
+        return PlainLinear
+
+    def make(weight: Tensor, bias: Tensor | None) -> Linear:
+        exact = weight.dtype == torch.bfloat16 and place.dtype == torch.float32
+        if place.kernels and exact and weight.shape[1] % GROUP == 0:
+            return CompiledLinear(weight, bias)
+        return (PackedLinear if can_pack(place.dtype) else PlainLinear)(weight.to(place.dtype), bias)
+
+    return make
 
 
 def _quantized_maker(place: Placement, rows: StepRows) -> Callable[[Quantized, Tensor | None], Linear]:
@@ -209,6 +225,9 @@ def _quantized_maker(place: Placement, rows: StepRows) -> Callable[[Quantized, T
         return KernelLinear
 
     def make(weight: Quantized, bias: Tensor | None) -> Linear:
+        n_in = weight.codes.shape[1] * (1 if weight.zero is None else 2)
+        if place.kernels and n_in % GROUP == 0:
+            return CompiledLinear(weight, bias)
         return Int8Linear(weight, bias) if weight.zero is None else Int4Linear(weight, bias, rows)
 
     return make

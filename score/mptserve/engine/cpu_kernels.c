@@ -1,0 +1,411 @@
+/* Linear layers with weights in bfloat16, 8 or 4 bits, and attention of decoding rows, for x86 processors with AVX2 or more.
+
+   Compiled by cpu_kernels.py on the machine that runs it; everything here is deterministic: what a row's output is
+   depends on its input alone, not on the rows beside it and not on the number of threads.
+
+   Vectors are GCC's, as wide as the processor's; only the product of bytes names instructions.
+
+   Letters as in model.py: N outputs, K inputs, M rows, H heads, D head size. A panel is 32 outputs. */
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if !defined(__AVX2__) || !defined(__FMA__)
+#error "needs AVX2 and FMA"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define PANEL 32
+#define GROUP 32 /* inputs with a scale and a zero of their own in 4 bits */
+#if defined(__AVX512VNNI__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define PARTS (PANEL / LANES)
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float loose __attribute__((vector_size(4 * LANES), aligned(4))); /* somewhere in memory */
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
+
+/* ---- products of bytes: acc + sum over 4 neighbours of w (unsigned) * a (signed) ---- */
+
+#if defined(__AVX512VNNI__)
+#define OFFSET 128 /* 8-bit codes are stored with it added, and taken as unsigned */
+#define ROWS16 12 /* rows that a panel is read for at once: as many as the registers hold sums of */
+#define ROWS8 12
+#define ROWS4 8
+INLINE ints dot8(ints acc, bytes w, ints a) { return (ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
+#define dot4 dot8
+#else
+/* Pairs are added in 16 bits: 255 * 127 * 2 does not fit, so signed codes give their sign to the activation. */
+#define OFFSET 0
+#define ROWS16 2
+#define ROWS8 2
+#define ROWS4 2
+INLINE ints dot4(ints acc, bytes w, ints a) {
+  __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)a);
+  return acc + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+INLINE ints dot8(ints acc, bytes w, ints a) {
+  __m256i code = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8((char)128));
+  return dot4(acc, (bytes)_mm256_abs_epi8(code), (ints)_mm256_sign_epi8((__m256i)a, code));
+}
+#endif
+
+/* ---- functions of floats ---- */
+
+INLINE floats all(float x) { return x - (floats){}; }
+INLINE floats load(const float *p) { return *(const loose *)p; }
+INLINE floats bf16(const uint16_t *p) {
+  shorts bits;
+  memcpy(&bits, p, sizeof bits);
+  return (floats)(__builtin_convertvector(bits, uints) << 16);
+}
+INLINE float sum(floats x) {
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) x[i] += x[i + n];
+  return x[0];
+}
+INLINE floats pick(ints where, floats x, floats y) { return (floats)((where & (ints)x) | (~where & (ints)y)); }
+INLINE floats larger(floats x, floats y) { return pick(x > y, x, y); }
+INLINE floats size_of(floats x) { return (floats)((ints)x & 0x7fffffff); }
+
+/* e^x for x <= 0 (Cody and Waite's reduction, a polynomial of degree 6; relative error below 2e-7); 0 below -87. */
+INLINE floats exp_of(floats x) {
+  const floats magic = all(12582912.0f); /* 1.5 * 2^23: adding it rounds to integers */
+  floats t = larger(x, all(-87.0f)) * 1.44269504f + magic, n = t - magic;
+  floats r = larger(x, all(-87.0f)) - n * 0.693359375f + n * 2.12194440e-4f;
+  floats p = all(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  floats y = (floats)((ints)p + ((ints)t << 23));
+  return pick(x < -87.0f, (floats){}, y);
+}
+
+/* GELU by the error function of Abramowitz and Stegun 7.1.26 (error below 2e-7). */
+INLINE floats gelu_of(floats x) {
+  floats u = x * 0.70710678f, a = size_of(u), t = 1.0f / (1.0f + 0.3275911f * a);
+  floats p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+  floats erf = 1.0f - p * exp_of(-a * a);
+  return 0.5f * x * (1.0f + pick(u < 0, -erf, erf));
+}
+
+/* ---- activations ---- */
+
+/* What a thread keeps from call to call. */
+static void *buffer(int which, size_t size) {
+  static __thread struct {
+    void *at;
+    size_t size;
+  } kept[4];
+  if (kept[which].size < size) {
+    free(kept[which].at);
+    kept[which].at = aligned_alloc(64, (size + 63) / 64 * 64);
+    kept[which].size = kept[which].at ? size : 0;
+  }
+  return kept[which].at;
+}
+
+typedef struct {
+  const float *weight, *bias; /* bias may be missing; without weight there is no norm */
+  float eps;
+} norm;
+
+/* Write norm(x) to y, both [K], K a multiple of 32. */
+static void normed(const float *x, norm n, int K, float *y) {
+  floats total = {}, squares = {};
+  for (int k = 0; k < K; k += LANES) total += load(x + k);
+  float mean = sum(total) / K;
+  for (int k = 0; k < K; k += LANES) {
+    floats d = load(x + k) - mean;
+    squares += d * d;
+  }
+  float rstd = 1.0f / sqrtf(sum(squares) / K + n.eps);
+  for (int k = 0; k < K; k += LANES) {
+    floats v = (load(x + k) - mean) * rstd * load(n.weight + k);
+    *(loose *)(y + k) = n.bias ? v + load(n.bias + k) : v;
+  }
+}
+
+/* Round x [K] to codes of -127 … 127; return what one step is worth, NaN if x has any or infinities; total: the sum. */
+INLINE float rounded(const float *x, int K, int8_t *codes, int *total) {
+  floats most = all(1e-30f), zeros = {};
+  for (int k = 0; k < K; k += LANES) {
+    most = larger(size_of(load(x + k)), most);
+    zeros += load(x + k) * 0.0f; /* or NaN */
+  }
+  float largest = 0;
+  for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+  const floats magic = all(12582912.0f);
+  ints sums = {};
+  for (int k = 0; k < K; k += LANES) {
+    ints code = (ints)(load(x + k) * (127.0f / largest) + magic) - (ints)magic;
+    sums += code;
+    for (int i = 0; i < LANES; i++) codes[k + i] = (int8_t)code[i];
+  }
+  int s = 0;
+  for (int i = 0; i < LANES; i++) s += sums[i];
+  *total = s;
+  return largest / 127.0f + sum(zeros);
+}
+
+/* ---- linear layers ---- */
+
+#define AHEAD 2048 /* bytes of weights asked for before their turn: the processor's own guess ends with the page */
+
+typedef struct {
+  int M, N, K;
+  const uint8_t *w;
+  const float *scale; /* per output; 8 bits only */
+  const float *bias, *residual;
+  int gelu;
+  float *y;
+} layer;
+
+/* What becomes of a vector of row m's sums, from output n on: bias, GELU, residual, and where they go. */
+static __attribute__((noinline)) void finish(const layer *l, int m, int n, floats y) {
+  float *out = l->y + (size_t)m * l->N + n;
+  const float *residual = l->residual ? l->residual + (size_t)m * l->N + n : NULL;
+  if (n + LANES <= l->N) {
+    if (l->bias) y += load(l->bias + n);
+    if (l->gelu) y = gelu_of(y);
+    if (residual) y += load(residual);
+    *(loose *)out = y;
+    return;
+  }
+  for (int i = 0; n + i < l->N; i++) y[i] += l->bias ? l->bias[n + i] : 0;
+  if (l->gelu) y = gelu_of(y);
+  for (int i = 0; n + i < l->N; i++) out[i] = y[i] + (residual ? residual[i] : 0);
+}
+
+/* One panel of 8-bit weights, [K / 4, 32, 4] bytes, with `rows` rows from m on.
+   codes: [M, K].  steps, totals: [M], what a code is worth, and the sum of the row's codes. */
+INLINE void panel8(const layer *l, int rows, int m, int n, const int8_t *codes, const float *steps, const int *totals) {
+  const uint8_t *w = l->w + (size_t)n * l->K;
+  const int8_t *a = codes + (size_t)m * l->K;
+  ints acc[ROWS8][PARTS];
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){} - OFFSET * totals[m + r];
+  for (int k = 0; k < l->K; k += 4, w += 4 * PANEL) {
+    __builtin_prefetch(w + AHEAD);
+    __builtin_prefetch(w + AHEAD + 64);
+    bytes part[PARTS];
+    for (int p = 0; p < PARTS; p++) part[p] = *(const bytes *)(w + p * sizeof(bytes));
+    for (int r = 0; r < rows; r++) {
+      int32_t four;
+      memcpy(&four, a + (size_t)r * l->K + k, 4);
+      for (int p = 0; p < PARTS; p++) acc[r][p] = dot8(acc[r][p], part[p], (ints){} + four);
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < PARTS && n + p * LANES < l->N; p++)
+      finish(l, m + r, n + p * LANES,
+             __builtin_convertvector(acc[r][p], floats) * (load(l->scale + n + p * LANES) * steps[m + r]));
+}
+
+/* The same for 4 bits: a group of the panel is [4, 32, 4] bytes, 32 scales and 32 zeros in bfloat16. Byte (j, n, t)
+   holds the codes of output n for the group's inputs 4 j + t (low half) and 16 + 4 j + t (high half).
+   steps, zeros, starts: [M, K / 32], what a code of that group of activations is worth, that times the sum of the
+   group's codes, and -8 times the sum. */
+#define GROUP_BYTES (PANEL * GROUP / 2 + 2 * 2 * PANEL)
+INLINE void panel4(const layer *l, int rows, int m, int n, const int8_t *codes, const float *steps, const float *zeros,
+                   const int *starts) {
+  const int groups = l->K / GROUP;
+  const uint8_t *w = l->w + (size_t)(n / PANEL) * groups * GROUP_BYTES;
+  floats y[ROWS4][PARTS];
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < PARTS; p++) y[r][p] = (floats){};
+  for (int g = 0; g < groups; g++, w += GROUP_BYTES) {
+    for (int line = 0; line < GROUP_BYTES; line += 64) __builtin_prefetch(w + AHEAD + line);
+    ints acc[ROWS4][PARTS];
+    for (int r = 0; r < rows; r++)
+      for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){} + starts[(m + r) * groups + g];
+    for (int j = 0; j < 4; j++) {
+      bytes part[PARTS];
+      for (int p = 0; p < PARTS; p++) part[p] = *(const bytes *)(w + 4 * PANEL * j + p * sizeof(bytes));
+      for (int r = 0; r < rows; r++) {
+        int32_t low, high;
+        const int8_t *a = codes + (size_t)(m + r) * l->K + g * GROUP + 4 * j;
+        memcpy(&low, a, 4);
+        memcpy(&high, a + 16, 4);
+        for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], part[p] & 15, (ints){} + low);
+        for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], part[p] >> 4, (ints){} + high);
+      }
+    }
+    const uint16_t *scale = (const uint16_t *)(w + PANEL * GROUP / 2), *zero = scale + PANEL;
+    for (int r = 0; r < rows; r++) {
+      float step = steps[(m + r) * groups + g], at = zeros[(m + r) * groups + g];
+      for (int p = 0; p < PARTS; p++) {
+        y[r][p] += __builtin_convertvector(acc[r][p], floats) * (bf16(scale + p * LANES) * step);
+        y[r][p] += bf16(zero + p * LANES) * at;
+      }
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < PARTS && n + p * LANES < l->N; p++) finish(l, m + r, n + p * LANES, y[r][p]);
+}
+
+/* The same for weights in bfloat16, which become float32 before they are multiplied: [K, 16, 2], the outputs n and
+   n + 16 side by side. in: [M, K] float32. */
+INLINE void panel16(const layer *l, int rows, int m, int n, const float *in) {
+  const uint8_t *w = l->w + (size_t)n * l->K * 2;
+  const float *a = in + (size_t)m * l->K;
+  floats y[ROWS16][PARTS];
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < PARTS; p++) y[r][p] = (floats){};
+  for (int k = 0; k < l->K; k++, w += 2 * PANEL) {
+    __builtin_prefetch(w + AHEAD);
+    floats part[PARTS];
+    for (int p = 0; p < PARTS / 2; p++) {
+      uints both = *(const uints *)(w + p * sizeof(uints));
+      part[p] = (floats)(both << 16);
+      part[p + PARTS / 2] = (floats)(both & 0xffff0000u);
+    }
+    for (int r = 0; r < rows; r++)
+      for (int p = 0; p < PARTS; p++) y[r][p] += a[(size_t)r * l->K + k] * part[p];
+  }
+  for (int r = 0; r < rows; r++)
+    for (int p = 0; p < PARTS && n + p * LANES < l->N; p++) finish(l, m + r, n + p * LANES, y[r][p]);
+}
+
+/* How many rows to take next: the most, or the largest power of two that is left. */
+static int at_once(int left, int most) {
+  if (left >= most) return most;
+  for (int n = 8;; n /= 2)
+    if (n <= left && n < most) return n;
+}
+
+/* Do `what` with R, a constant that the compiler can unroll for, being `rows`. */
+#define WITH(rows, most, n, what) \
+  if (rows == n && n <= most) { \
+    enum { R = n <= most ? n : 1 }; \
+    what; \
+  }
+#define EACH(rows, most, what) \
+  WITH(rows, most, most, what) else WITH(rows, most - 1, 8, what) else WITH(rows, most - 1, 4, what) \
+  else WITH(rows, most - 1, 2, what) else WITH(rows, most - 1, 1, what)
+
+/* y = f(norm(x) Wᵀ): x [M, K] float32 -> y [M, N]; norm, bias, GELU and residual where given. K: a multiple of 32.
+   bits: of a weight, 16, 8 or 4.  Returns 0, or 1 without memory. */
+int linear(int bits, int M, int N, int K, const float *x, const float *norm_weight, const float *norm_bias, float eps,
+           const uint8_t *w, const float *scale, const float *bias, const float *residual, int gelu, float *y) {
+  const layer l = {M, N, K, w, scale, bias, residual, gelu, y};
+  const norm before = {norm_weight, norm_bias, eps};
+  const int panels = (N + PANEL - 1) / PANEL, groups = bits == 4 ? K / GROUP : 1;
+  const size_t n_rounded = bits == 16 ? 0 : (size_t)M * groups;
+  float *in = norm_weight ? buffer(0, (size_t)M * K * 4) : (float *)x;
+  int8_t *codes = buffer(1, bits == 16 ? 1 : (size_t)M * K);
+  float *steps = buffer(2, n_rounded * 12 + 1);
+  if (!M) return 0;
+  if (!in || !codes || !steps) return 1;
+  float *zeros = steps + n_rounded;
+  int *totals = (int *)(zeros + n_rounded);
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int m = 0; m < M; m++) {
+      const size_t row = (size_t)m * K;
+      if (norm_weight) normed(x + row, before, K, in + row);
+      if (bits == 8) steps[m] = rounded(in + row, K, codes + row, totals + m);
+      for (int g = 0; bits == 4 && g < groups; g++) {
+        const size_t i = (size_t)m * groups + g;
+        int total;
+        steps[i] = rounded(in + row + g * GROUP, GROUP, codes + row + g * GROUP, &total);
+        zeros[i] = steps[i] * total;
+        totals[i] = -8 * total;
+      }
+    }
+#pragma omp for schedule(dynamic, 4) nowait
+    for (int p = 0; p < panels; p++) {
+      const int n = p * PANEL;
+      for (int m = 0, rows; m < M; m += rows) {
+        rows = at_once(M - m, bits == 16 ? ROWS16 : bits == 8 ? ROWS8 : ROWS4);
+        if (bits == 16) {
+          EACH(rows, ROWS16, panel16(&l, R, m, n, in));
+        } else if (bits == 8) {
+          EACH(rows, ROWS8, panel8(&l, R, m, n, codes, steps, totals));
+        } else {
+          EACH(rows, ROWS4, panel4(&l, R, m, n, codes, steps, zeros, totals));
+        }
+      }
+    }
+  }
+  return 0;
+}
+
+/* ---- attention ---- */
+
+/* One query at the end of keys [n, D]: out [D] = softmax(scale q·k - slope (n - 1 - i)) · values, from key `first`. */
+INLINE void attend_one(int D, const float *q, const float *keys, const float *values, int first, int n, float slope,
+                       float scale, float *scores, float *out) {
+  float most = -INFINITY;
+  for (int i = first; i < n; i++) {
+    floats s = {};
+    for (int d = 0; d < D; d += LANES) s += load(q + d) * load(keys + (size_t)i * D + d);
+    scores[i - first] = sum(s) * scale - slope * (n - 1 - i);
+    most = scores[i - first] > most ? scores[i - first] : most;
+  }
+  const int count = n - first, whole = (count + LANES - 1) / LANES * LANES;
+  for (int i = count; i < whole; i++) scores[i] = -INFINITY;
+  floats total = {};
+  for (int i = 0; i < whole; i += LANES) {
+    floats e = exp_of(load(scores + i) - most);
+    *(loose *)(scores + i) = e;
+    total += e;
+  }
+  const float share = 1.0f / sum(total);
+  for (int d = 0; d < D; d += 4 * LANES) {
+    const int lines = D - d < 4 * LANES ? (D - d) / LANES : 4;
+    floats y[4] = {};
+    for (int i = 0; i < count; i++)
+      for (int j = 0; j < 4; j++)
+        if (j < lines) y[j] += scores[i] * load(values + (size_t)(first + i) * D + d + j * LANES);
+    for (int j = 0; j < lines; j++) *(loose *)(out + d + j * LANES) = y[j] * share;
+  }
+}
+
+/* Write keys and values kv [N, 2, H, D], with kv_stride floats from token to token, into cache [2, n_slots, H, T, D].
+   tokens, slots, positions: [rows], which token goes where. */
+void store(int rows, int H, int D, int T, int n_slots, const float *kv, int64_t kv_stride, const int64_t *tokens,
+           const int64_t *slots, const int64_t *positions, float *cache) {
+  for (int row = 0; row < rows; row++)
+    for (int half = 0; half < 2; half++)
+      for (int h = 0; h < H; h++)
+        memcpy(cache + ((((size_t)half * n_slots + slots[row]) * H + h) * T + positions[row]) * D,
+               kv + tokens[row] * kv_stride + ((size_t)half * H + h) * D, (size_t)D * 4);
+}
+
+/* Decoding rows: q [rows, H, D] with q_stride floats from row to row, cache [2, slots, H, T, D] -> out [rows, H, D].
+   slots, positions: [rows].  first: [rows, H], the first key that each reads, or NULL for all.  D: a multiple of 16. */
+int attend(int rows, int H, int D, int T, int n_slots, const float *q, int64_t q_stride, const float *cache,
+           const int64_t *slots, const int64_t *positions, const int64_t *first, const float *slopes, float scale,
+           float *out) {
+  int failed = 0;
+#pragma omp parallel
+  {
+#pragma omp for schedule(dynamic, 2) nowait
+    for (int i = 0; i < rows * H; i++) {
+      const int row = i / H, h = i % H, n = (int)positions[row] + 1;
+      float *scores = buffer(3, ((size_t)n + LANES) * 4);
+      if (!scores) {
+        failed = 1;
+        continue;
+      }
+      const float *keys = cache + ((size_t)slots[row] * H + h) * T * D, *values = keys + (size_t)n_slots * H * T * D;
+      attend_one(D, q + row * q_stride + h * D, keys, values, first ? (int)first[i] : 0, n, slopes[h], scale, scores,
+                 out + (size_t)i * D);
+    }
+  }
+  return failed;
+}

@@ -1,0 +1,228 @@
+"""The kernels in C: against float64 and the plain formulas, for every instruction set that this processor has."""
+
+import logging
+import os
+import platform
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mptserve.engine import cpu_kernels
+from mptserve.engine.cpu_kernels import CompiledLinear, attend, linear, pack, store, why_no_cpu_kernels
+from mptserve.engine.model import Norm, alibi_slopes
+from mptserve.engine.quantization import GROUP, Quantized, dequantize, quantize
+from mptserve.engine.quantized import Int8Linear
+from mptserve.engine.weights import choose_placement
+
+pytestmark = pytest.mark.skipif(bool(why_no_cpu_kernels()), reason=why_no_cpu_kernels())
+
+SHAPES = [(64, 64), (100, 96), (33, 32), (1, 64), (256, 1024)]
+
+
+@pytest.fixture(params=["native", "haswell"], scope="module", autouse=True)
+def processor(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compile for this processor, and for one that has AVX2 and nothing later."""
+    forget()
+    with pytest.MonkeyPatch.context() as patch:
+        flags = [f"-march={request.param}" if f.startswith("-march") else f for f in cpu_kernels._FLAGS]
+        patch.setattr(cpu_kernels, "_FLAGS", tuple(flags))
+        assert why_no_cpu_kernels() == ""
+        yield
+    forget()
+
+
+def forget() -> None:
+    cpu_kernels._library.cache_clear()
+    why_no_cpu_kernels.cache_clear()
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def weights(bits: int, n_out: int, n_in: int) -> tuple[Tensor | Quantized, Tensor]:
+    """Return a weight in so many bits, and its values in float64."""
+    w = random(n_out, n_in) / n_in**0.5
+    if bits == 16:
+        return w.bfloat16(), w.bfloat16().double()
+    codes = quantize(w, f"int{bits}")
+    return codes, dequantize(codes, torch.float64)
+
+
+def bound(bits: int, x: Tensor, values: Tensor) -> Tensor:
+    """Return how far the product of x with `values` may be off: half a step for each activation, and float32's sums."""
+    sums = 2e-6 * x.abs() @ values.abs().T
+    if bits == 16:
+        return sums
+    groups = x.unflatten(1, (-1, GROUP if bits == 4 else x.shape[1]))
+    half_steps = (groups.abs().amax(-1, keepdim=True) / 127 / 2).expand_as(groups).flatten(1)
+    return sums + half_steps @ values.abs().T
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.parametrize(("n_out", "n_in"), SHAPES)
+@pytest.mark.parametrize("rows", [1, 2, 13, 40])
+def test_a_layer_computes_what_its_weights_say(bits: int, n_out: int, n_in: int, rows: int) -> None:
+    weight, values = weights(bits, n_out, n_in)
+    x, bias, residual = random(rows, n_in), random(n_out), random(rows, n_out)
+    norm = Norm(random(n_in, seed=1), random(n_in, seed=2), 1e-5)
+    layer, normed = CompiledLinear(weight, bias), F.layer_norm(x, (n_in,), norm.weight, norm.bias, norm.eps).double()
+    x_exact = x.double()
+    for found, exact, product_of in (
+        (CompiledLinear(weight)(x), x_exact @ values.T, x_exact),
+        (layer(x, norm), normed @ values.T + bias, normed),
+        (layer.gelu(x, norm), F.gelu(normed @ values.T + bias), normed),
+        (layer.add(x, residual), x_exact @ values.T + bias + residual, x_exact),
+    ):
+        assert found.shape == (rows, n_out)
+        far = (found.double() - exact).abs()
+        assert (far <= 1.13 * bound(bits, product_of, values) + 1e-5).all()  # 1.13: GELU's steepest slope
+        if n_out > 1:  # half steps do not all add up
+            assert far.norm() < {16: 1e-6, 8: 0.02, 4: 0.01}[bits] * exact.norm()
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_row_has_the_same_bits_in_every_company_and_on_any_threads(bits: int) -> None:
+    packed = pack(weights(bits, 200, 128)[0])
+    x, norm = random(45, 128), Norm(random(128), None, 1e-5)
+    alone = torch.cat([linear(row[None], packed, norm, gelu=True) for row in x])
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            for first, last in ((0, 45), (3, 5), (7, 19), (20, 27)):
+                assert torch.equal(linear(x[first:last], packed, norm, gelu=True), alone[first:last])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_8_bit_products_are_the_integers_that_pytorch_computes() -> None:
+    codes, x = quantize(random(96, 160), "int8"), random(9, 160)
+    torch.testing.assert_close(CompiledLinear(codes)(x), Int8Linear(codes)(x), rtol=1e-2, atol=2e-2)
+    largest = Quantized(torch.full((64, 4096), -127, dtype=torch.int8), torch.ones(64))
+    assert (linear(torch.full((3, 4096), -5.0), pack(largest)) - 127 * 5.0 * 4096).abs().max() < 1
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_nothing_and_too_much_stay_what_they_are(bits: int) -> None:
+    packed = pack(weights(bits, 32, 64)[0])
+    x = random(4, 64)
+    usual = linear(x, packed)
+    x[0] = 0
+    x[1, 5], x[2, 7] = torch.nan, torch.inf
+    found = linear(x, packed)
+    assert (found[0] == 0).all()
+    assert not found[1:3].isfinite().all(1).any(), "a row that is not a number must not look like one"
+    assert torch.equal(found[3], usual[3])
+    assert linear(x[:0], packed).shape == (0, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_either_dtype_gets_its_own_back(dtype: torch.dtype) -> None:
+    layer, x = CompiledLinear(weights(8, 64, 64)[0], random(64).to(dtype)), random(3, 64).to(dtype)
+    norm = Norm(torch.ones(64, dtype=dtype), None, 1e-5)
+    assert layer(x, norm).dtype == layer.gelu(x).dtype == layer.add(x, x).dtype == dtype
+
+
+def test_gelu_is_the_exact_one_far_into_its_tails() -> None:
+    x = torch.linspace(-12, 12, 40 * 32).view(40, 32)
+    found = linear(x, pack(torch.eye(32).bfloat16()), gelu=True)
+    assert (found - F.gelu(x.double())).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "bias_max"), [(4, 16, 8), (3, 64, 8), (2, 128, 16), (2, 112, 8)])
+def test_attention_equals_its_formula(heads: int, head_dim: int, bias_max: int) -> None:
+    n_slots, n_tokens, rows = 5, 96, 7
+    cache, q = random(2, n_slots, heads, n_tokens, head_dim), random(rows, 3, heads, head_dim)[:, 0]
+    slots, positions = torch.tensor([0, 0, 1, 2, 3, 4, 4]), torch.tensor([0, 1, 15, 16, 63, 90, 95])
+    first = torch.zeros(rows, heads, dtype=torch.int64)
+    first[4:, 1:] = 32
+    slopes, scale = alibi_slopes(heads, bias_max), head_dim**-0.5
+    for start in (None, first):
+        found = attend(q, cache, slots, positions, start, slopes, scale)
+        for i, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
+            for h in range(heads):
+                begin = int(start[i, h]) if start is not None else 0
+                keys, values = cache[:, slot, h, begin : position + 1].double()
+                distance = torch.arange(begin, position + 1) - position
+                weight = (keys @ q[i, h].double() * scale + slopes[h].double() * distance).softmax(0)
+                torch.testing.assert_close(found[i, h].double(), weight @ values, atol=2e-6, rtol=1e-5)
+            one = slice(i, i + 1)
+            alone = attend(
+                q[one], cache, slots[one], positions[one], None if start is None else start[one], slopes, scale
+            )
+            assert torch.equal(alone[0], found[i])
+
+
+def test_keys_and_values_go_where_they_belong_and_nowhere_else() -> None:
+    kv, cache = random(6, 3, 4, 16)[:, 1:], torch.zeros(2, 3, 4, 32, 16)
+    tokens, slots, positions = torch.tensor([0, 2, 5]), torch.tensor([2, 0, 2]), torch.tensor([31, 0, 7])
+    want = cache.clone()
+    want[:, slots, :, positions] = kv[tokens]
+    store(kv, tokens, slots, positions, cache)
+    assert torch.equal(cache, want)
+
+
+def test_the_library_is_compiled_once_and_kept_where_only_its_owner_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    forget()
+    assert why_no_cpu_kernels() == ""
+    folder = tmp_path / ".cache" / "mptserve"
+    (kept,) = folder.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    forget()
+    monkeypatch.setattr(cpu_kernels, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert why_no_cpu_kernels() == ""
+    monkeypatch.undo()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept.unlink()
+    os.chmod(folder, 0o777)
+    forget()
+    assert why_no_cpu_kernels() == ""
+    assert list(folder.iterdir()) == [], "left where others could put another library"
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("gcc", "there is no gcc"),
+        ("processor", "they are for x86 processors, not for aarch64"),
+        ("instructions", "gcc failed: "),
+        ("sense", "a kernel computed nonsense"),
+    ],
+)
+def test_without_them_pytorch_computes_and_the_log_says_why(
+    missing: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forget()
+    if missing == "gcc":
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+    elif missing == "processor":
+        monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    elif missing == "instructions":
+        flags = ["-march=x86-64" if f.startswith("-march") else f for f in cpu_kernels._FLAGS]
+        monkeypatch.setattr(cpu_kernels, "_FLAGS", tuple(flags))
+    else:
+        monkeypatch.setattr(cpu_kernels, "linear", lambda x, weight: torch.full((len(x), weight.n_out), torch.nan))
+    with caplog.at_level(logging.WARNING):
+        place = choose_placement("cpu", "auto", quant="int8")
+    assert not place.kernels
+    (record,) = caplog.records
+    assert record.getMessage().startswith("no compiled kernels")
+    assert reason in record.getMessage()
+    forget()
+
+
+def test_groups_are_those_of_the_checkpoint() -> None:
+    """The kernel has the number in its own words."""
+    source = cpu_kernels._SOURCE.read_text(encoding="utf-8")
+    assert f"#define GROUP {GROUP} " in source
+    assert f"#define PANEL {cpu_kernels.PANEL}\n" in source
