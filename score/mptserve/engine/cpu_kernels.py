@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mptserve.engine.memory import use_huge_pages
 from mptserve.engine.model import Norm
 from mptserve.engine.quantization import GROUP, Quantized, dequantize, quantize
 
@@ -145,6 +146,12 @@ class Packed:
 
 def pack(weight: Tensor | Quantized) -> Packed:
     """Return `weight`, codes or bfloat16 [n_out, n_in], laid out for the kernels; n_in is a multiple of 32."""
+    packed = _laid_out(weight)
+    use_huge_pages(packed.panels)
+    return packed
+
+
+def _laid_out(weight: Tensor | Quantized) -> Packed:
     if isinstance(weight, Tensor):
         n_out, n_in = weight.shape
         halves = F.pad(weight.view(torch.int16), (0, 0, 0, -n_out % PANEL)).view(-1, 2, PANEL // 2, n_in)

@@ -18,21 +18,19 @@ needed. ALiBi has no position in the keys, so a prefix is exact wherever it is r
     matched(seq)      blocks that acquire would reuse now
 """
 
-import ctypes
 import mmap
 import sys
 from collections import OrderedDict
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from mptserve.engine.config import MPTConfig
+from mptserve.engine.memory import DONTNEED, NOHUGEPAGE, advise
 from mptserve.engine.sequence import BLOCK, Sequence
 from mptserve.errors import DoesNotFit
 
-# From Linux's <mman.h>; Python's mmap module has only some of them.
-_MAP_NORESERVE, _MADV_DONTNEED, _MADV_NOHUGEPAGE = 0x4000, 4, 15
+_MAP_NORESERVE = 0x4000  # from Linux's <mman.h>
 
 
 _SPARE_BLOCKS = 4
@@ -179,7 +177,7 @@ class SlotCache:
         """Return the slot's pages to the system."""
         for layer in range(self.kv.shape[0]):
             for half in range(2):
-                _advise(self.kv[layer, half, slot], self._slot_bytes, _MADV_DONTNEED)
+                advise(self.kv[layer, half, slot], self._slot_bytes, DONTNEED)
         self._resident[slot] = 0
 
 
@@ -298,19 +296,5 @@ def _virtual_zeros(shape: tuple[int, ...]) -> tuple[Tensor, mmap.mmap]:
         ) from exc
     tensor = torch.frombuffer(memory, dtype=torch.float32).view(shape)
     # Huge pages would make a short sequence occupy 2 MB per head, and our count of blocks a lie.
-    _advise(tensor, n_bytes, _MADV_NOHUGEPAGE)
+    advise(tensor, n_bytes, NOHUGEPAGE)
     return tensor, memory
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
-
-
-def _advise(tensor: Tensor, n_bytes: int, advice: int) -> None:
-    """madvise(2) over the whole pages of a tensor's memory; advice that the kernel refuses is only advice."""
-    page = mmap.PAGESIZE
-    start = -(-tensor.data_ptr() // page) * page
-    end = (tensor.data_ptr() + n_bytes) // page * page
-    if end > start and sys.platform == "linux":
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(advice))

@@ -1,8 +1,8 @@
 """Runs one step on the model: a batch of decoding rows and prompt chunks in, one sampled token per ready row out."""
 
-import time
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from mptserve.engine.attention import Chunk, Row
 from mptserve.engine.model import MPT
 from mptserve.engine.sampling import Sampled, sample
 from mptserve.engine.sequence import BLOCK, Sequence
+from mptserve.engine.threads import StepThreads
 
 Plan = Callable[[int, Tensor, Tensor], Tensor]
 
@@ -45,48 +46,6 @@ class StepRunner(Protocol):
     def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[int] = ()) -> Launched: ...
 
 
-_WORTH_THREADS = 0.5e-3
-"""Seconds of one thread's work in an operation from which more threads are worth their meeting.
-
-With cores to itself a shorter operation gains too (a third, at 0.2 ms), but with three busy processes on two cores,
-threads that met every 0.1 ms made a token take 127 ms instead of 10.
-"""
-
-
-_MEASURED_WEIGHTS = 1 << 25
-"""So many weights no processor keeps in a cache of its own, and one thread multiplies in tenths of a second."""
-
-
-@dataclass(frozen=True)
-class ThreadSpeed:
-    """What one CPU thread does in a linear layer. read: seconds per weight.  multiply: seconds per weight and token."""
-
-    read: float
-    multiply: float
-
-
-def measure_thread_speed(model: MPT) -> ThreadSpeed:
-    """Return the speed of one thread over the first layers of `model`: machines differ tenfold."""
-    few, many = 2, 64
-    in_layer = model.config.d_model * model.config.d_ff
-    layers = [block.up_proj for block in model.blocks[: max(1, min(8, _MEASURED_WEIGHTS // in_layer))]]
-    weights = in_layer * len(layers)
-
-    def seconds(n_tokens: int) -> float:
-        x = torch.zeros(n_tokens, model.config.d_model, dtype=model.dtype)
-        model.rows.n_direct = n_tokens if n_tokens == few else 0
-        started = time.perf_counter()
-        for layer in layers:
-            layer(x)
-        return time.perf_counter() - started
-
-    torch.set_num_threads(1)
-    return ThreadSpeed(
-        read=min(seconds(few) for _ in range(3)) / weights,
-        multiply=min(seconds(many) for _ in range(2)) / many / weights,
-    )
-
-
 def _is_long(chunk: Chunk) -> bool:
     """Whether a prompt's rows are worth weights unpacked for them (quantized.py).
 
@@ -99,13 +58,13 @@ def _is_long(chunk: Chunk) -> bool:
 class Runner:
     """Turns a scheduled step into tensors and back. Keeps no state between steps: keys and values live in the cache.
 
-    speed: of one CPU thread.  n_threads: of the CPU, at most.
+    threads: chooses how many a step takes, on a CPU.
     """
 
     overlaps = False
 
-    def __init__(self, model: MPT, attention: Attention, speed: ThreadSpeed | None = None, n_threads: int = 1) -> None:
-        self.model, self.attention, self.speed, self.n_threads = model, attention, speed, n_threads
+    def __init__(self, model: MPT, attention: Attention, threads: StepThreads | None = None) -> None:
+        self.model, self.attention, self.threads = model, attention, threads
         self.eos_ids = torch.tensor(model.config.eos_token_ids, device=model.device)
 
     def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[int] = ()) -> Launched:
@@ -130,34 +89,20 @@ class Runner:
             ids += [chunk.seq.token(p) for p in range(chunk.start, chunk.start + chunk.n)]
             if chunk.start + chunk.n == chunk.seq.n_tokens:
                 ready.append((len(ids) - 1, chunk.seq))
-        if self.model.device.type == "cpu":
-            torch.set_num_threads(self._threads(len(ids)))
-        plan = self.attention.plan(decoding, chunks)
-        hidden = self.model.hidden(self._ids(ids), plan, self._n_direct(len(decoding), chunks))
-        if not ready:
-            return Launched([], lambda: Sampled([], []))
-        last = hidden[self._ids([i for i, _ in ready])]
-        rows = [seq for _, seq in ready]
-        sampled = sample(self.model.logits(last)[: len(rows)], rows, self.eos_ids, drafts)
+        with self.threads.taking(len(ids)) if self.threads else nullcontext():
+            plan = self.attention.plan(decoding, chunks)
+            hidden = self.model.hidden(self._ids(ids), plan, self._n_direct(len(decoding), chunks))
+            if not ready:
+                return Launched([], lambda: Sampled([], []))
+            last = hidden[self._ids([i for i, _ in ready])]
+            rows = [seq for _, seq in ready]
+            sampled = sample(self.model.logits(last)[: len(rows)], rows, self.eos_ids, drafts)
         return Launched(rows, lambda: sampled, drafts)
 
     def _n_direct(self, n_decodes: int, chunks: Seq[Chunk]) -> int:
         """Return how many rows, from the first, are computed as decoding ones; the lone row's copy is one too."""
         n = n_decodes + sum(c.n for c in chunks if not _is_long(c))
         return 2 if n == 1 and not any(map(_is_long, chunks)) else n
-
-    def _threads(self, n_tokens: int) -> int:
-        """Return how many threads this step is worth.
-
-        Threads meet after every operation, and where a core is busy otherwise, as with HTTP, they wait for each other
-        for milliseconds. So operations that one thread does in a moment stay on one. The bits are the same.
-        """
-        if self.speed is None:
-            return self.n_threads
-        config = self.model.config
-        weights = config.n_parameters / (4 * config.n_layers)  # of an average linear layer
-        seconds = max(weights * self.speed.read, weights * n_tokens * self.speed.multiply)
-        return self.n_threads if seconds > _WORTH_THREADS else 1
 
     def _ids(self, numbers: list[int]) -> Tensor:
         """Return numbers as a tensor, a single one twice if it must not be alone."""

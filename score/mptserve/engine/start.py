@@ -17,9 +17,10 @@ from mptserve.engine.kv_cache import PagedCache, SlotCache, n_blocks_for
 from mptserve.engine.memory import available_bytes, available_cores
 from mptserve.engine.model import MPT
 from mptserve.engine.paged_attention import PagedAttention
-from mptserve.engine.runner import Runner, StepRunner, ThreadSpeed, measure_thread_speed
+from mptserve.engine.runner import Runner, StepRunner
 from mptserve.engine.scheduler import Cache, Scheduler
 from mptserve.engine.sequence import BLOCK, Sequence
+from mptserve.engine.threads import StepThreads, ThreadSpeed, measure_thread_speed
 from mptserve.engine.weights import Placement, check_fit, choose_placement, chosen_quant, load_model
 from mptserve.errors import DoesNotFit
 
@@ -119,9 +120,9 @@ def assemble(
     if place.device.type == "cpu":
         slots = SlotCache(config, n_blocks, options.max_rows, max_tokens)
         cache = slots
-        runner = Runner(
-            model, SlotAttention(config, slots, place.kernels), speed, options.cpu_threads or available_cores()
-        )
+        most = options.cpu_threads or available_cores()
+        threads = None if speed is None else StepThreads(speed, config.n_parameters, most)
+        runner = Runner(model, SlotAttention(config, slots, place.kernels), threads)
     else:
         pages = PagedCache(config, n_blocks, place.kv_dtype, place.device, options.max_rows)
         cache = pages
