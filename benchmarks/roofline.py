@@ -17,6 +17,7 @@ from pathlib import Path
 from contenders import SHAPES, cpu_name, write_random_model
 
 from mptserve.bench import Ceilings, ceilings, measure, work
+from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import read_config
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.engine.weights import Placement, choose_placement, chosen_quant
@@ -50,7 +51,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model_dir or write_random_model(Path(scratch), args.model)
         config = read_config(folder)
-        place = choose_placement("auto", "auto", quant=chosen_quant(args.quant, config))
+        stored = WeightReader(folder, config).dtype
+        place = choose_placement("auto", "auto", quant=chosen_quant(args.quant, config), stored=stored)
         options = EngineOptions(quant=args.quant, max_rows=max(args.rows), kv_cache_gb=4)
         engine = start_engine(folder, config, config.vocab_size, options)
     found = ceilings(place)

@@ -45,7 +45,7 @@ def load_tiny(
     """Write and load a tiny model; `compiled`: with bfloat16 weights, for the kernels in C to compute with."""
     tensors = write_checkpoint(folder, raw, seed, torch.bfloat16 if compiled else torch.float32)
     config = parse_config(raw)
-    place = Placement(CPU, dtype, kernels=compiled)
+    place = Placement(CPU, dtype, kernels=compiled, halves=compiled)
     return Tiny(raw, tensors, load_model(WeightReader(folder, config), config, place, 10**9), folder)
 
 

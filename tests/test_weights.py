@@ -25,7 +25,14 @@ def test_auto_takes_a_dtype_that_the_cpu_computes(monkeypatch: pytest.MonkeyPatc
     assert choose_placement("cpu", "auto") == Placement(CPU, torch.bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert choose_placement("cpu", "auto") == Placement(CPU, torch.float32)
+    assert choose_placement("cpu", "auto", stored=torch.bfloat16) == Placement(CPU, torch.float32)
+    monkeypatch.setattr("mptserve.engine.weights.why_no_cpu_kernels", lambda: "")
+    place = choose_placement("cpu", "auto", stored=torch.bfloat16)
+    assert place == Placement(CPU, torch.float32, kernels=True, halves=True)
+    assert not choose_placement("cpu", "auto", stored=torch.float32).halves
+    assert not choose_placement("cpu", "bfloat16", stored=torch.bfloat16).halves
+    config = parse_config(MPT_7B)
+    assert place.weight_bytes(config) == 2 * (config.n_parameters + 50432 * 4096)
 
 
 def test_float16_on_a_cpu_and_a_missing_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from mptserve.engine import Job, MPTEngine, SamplingParams
-from mptserve.engine.checkpoint import find_checkpoint
+from mptserve.engine.checkpoint import WeightReader, find_checkpoint
 from mptserve.engine.config import MPTConfig, read_config
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.engine.weights import Placement, choose_placement, chosen_quant
@@ -51,10 +51,11 @@ def run(model_dir: Path, rows: list[int], n_prompt: int, n_new: int, rounds: int
     checkpoint = find_checkpoint(model_dir)
     config = read_config(checkpoint.folder)
     quant = chosen_quant(settings.quant, config)
-    place = choose_placement(settings.device, settings.dtype, settings.kv_dtype, quant)
+    stored = WeightReader(checkpoint.folder, config).dtype
+    place = choose_placement(settings.device, settings.dtype, settings.kv_dtype, quant, stored)
     started = time.monotonic()
     engine = start_engine(checkpoint.folder, config, config.vocab_size, _options(settings, max(rows)))
-    print(f"{config.n_parameters / 1e9:.3f} B parameters in {place.quant or place.dtype} on {place.device}, ", end="")
+    print(f"{config.n_parameters / 1e9:.3f} B parameters in {place.weights} on {place.device}, ", end="")
     print(f"ready in {time.monotonic() - started:.1f} s", flush=True)
     found = ceilings(place)
     print(f"this machine reads {found.read_gbs:.0f} GB/s and multiplies {found.matmul_tflops:.2f} TFLOP/s\n")

@@ -106,6 +106,11 @@ class WeightReader:
         self.names = list(expected)
         self.n_bytes = sum(path.stat().st_size for path in self.files)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the checkpoint is stored in, by its last norm: nothing in it has more bits."""
+        return self.read("transformer.norm_f.weight").dtype
+
     def read(self, name: str) -> Tensor:
         """Return one tensor on the CPU, mapped from the file where possible: no copy until it is used.
 

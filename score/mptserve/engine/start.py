@@ -55,9 +55,10 @@ def start_engine(
 ) -> MPTEngine:
     """Return a running, warmed-up engine for the checkpoint in `folder`; raises StartupError's children."""
     started = time.monotonic()
-    place = choose_placement(options.device, options.dtype, options.kv_dtype, chosen_quant(options.quant, config))
-    max_seq_len = options.max_seq_len or config.max_seq_len
+    quant = chosen_quant(options.quant, config)
     reader = WeightReader(folder, config)
+    place = choose_placement(options.device, options.dtype, options.kv_dtype, quant, reader.dtype)
+    max_seq_len = options.max_seq_len or config.max_seq_len
     check_fit(config, place, max_seq_len)
     n_threads = options.cpu_threads or available_cores()
 

@@ -30,17 +30,24 @@ MIN_KV_TOKENS = 2048
 class Placement:
     """Where a model runs. kv_dtype: of the keys and values, float32 on a CPU (see kv_cache.py), the model's own or
     int8 on a GPU.  kernels: whether our own run there, Triton's on a GPU, those in C on a CPU.  quant: None, or how
-    linear weights are held."""
+    linear weights are held.  halves: whether a float32 model holds its weights in the bfloat16 that they came in."""
 
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype = torch.float32
     kernels: bool = False
     quant: str | None = None
+    halves: bool = False
+
+    @property
+    def weights(self) -> str:
+        """What the linear layers' weights are held in, in words."""
+        return self.quant or str(torch.bfloat16 if self.halves else self.dtype)
 
     def weight_bytes(self, config: MPTConfig) -> int:
         """Return the bytes that the loaded weights take, which is also about what a decode step reads."""
-        return weight_bytes(config, self.quant, self.dtype.itemsize)
+        copy = config.vocab_size * config.d_model * 2 if self.halves and config.tie_word_embeddings else 0  # the head
+        return weight_bytes(config, self.quant, 2 if self.halves else self.dtype.itemsize) + copy
 
     def kv_bytes_per_token(self, config: MPTConfig) -> int:
         """Return the bytes that one token's keys and values take over all layers, 8-bit ones with their scales."""
@@ -57,8 +64,17 @@ def chosen_quant(setting: str, config: MPTConfig) -> str | None:
     return quant
 
 
-def choose_placement(device: str, dtype: str, kv_dtype: str = "auto", quant: str | None = None) -> Placement:
-    """Return device and dtype for the settings' words; raises BadSetting when the hardware lacks what they ask for."""
+def choose_placement(
+    device: str,
+    dtype: str,
+    kv_dtype: str = "auto",
+    quant: str | None = None,
+    stored: torch.dtype = torch.float32,
+) -> Placement:
+    """Return device and dtype for the settings' words; raises BadSetting when the hardware lacks what they ask for.
+
+    stored: the dtype of the checkpoint.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -77,7 +93,8 @@ def choose_placement(device: str, dtype: str, kv_dtype: str = "auto", quant: str
             log.warning("no compiled kernels, PyTorch's operations instead, which are slower: %s", missing)
             if quant is not None:
                 require_cpu_support(quant)
-        return Placement(where, chosen, kernels=not missing, quant=quant)
+        halves = not missing and quant is None and chosen == torch.float32 and stored == torch.bfloat16
+        return Placement(where, chosen, kernels=not missing, quant=quant, halves=halves)
     missing = why_no_kernels(where)
     if missing and quant is not None:
         raise BadSetting(f"MPT_QUANT {quant} needs the Triton kernels, which do not run on this GPU: {missing}")
@@ -106,7 +123,7 @@ def check_fit(config: MPTConfig, place: Placement, max_seq_len: int) -> None:
     )
     if weights + kv > free:
         raise DoesNotFit(
-            f"{config.n_parameters / 1e9:.2f} B parameters in {place.quant or place.dtype} take {weights / 1e9:.1f} GB "
+            f"{config.n_parameters / 1e9:.2f} B parameters in {place.weights} take {weights / 1e9:.1f} GB "
             f"and the keys and values of {tokens} tokens {kv / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free on "
             f"{place.device}"
         )
@@ -209,8 +226,7 @@ def _linear_maker(place: Placement) -> Callable[[Tensor, Tensor | None], Linear]
         return PlainLinear
 
     def make(weight: Tensor, bias: Tensor | None) -> Linear:
-        exact = weight.dtype == torch.bfloat16 and place.dtype == torch.float32
-        if place.kernels and exact and weight.shape[1] % GROUP == 0:
+        if place.halves and weight.dtype == torch.bfloat16 and weight.shape[1] % GROUP == 0:
             return CompiledLinear(weight, bias)
         return (PackedLinear if can_pack(place.dtype) else PlainLinear)(weight.to(place.dtype), bias)
 
