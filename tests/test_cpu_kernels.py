@@ -204,7 +204,7 @@ def test_without_them_pytorch_computes_and_the_log_says_why(
 ) -> None:
     forget()
     if missing == "gcc":
-        monkeypatch.setattr(shutil, "which", lambda _: None)
+        monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     elif missing == "processor":
         monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     elif missing == "instructions":

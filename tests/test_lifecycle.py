@@ -28,7 +28,8 @@ from serving import (
 
 pytestmark = pytest.mark.long
 
-STORY = {"max_new_tokens": 400, "ignore_eos": True, "do_sample": False}
+STORY = {"max_new_tokens": 2000, "ignore_eos": True, "do_sample": False}
+"""Seconds of work on any machine: what the tests do meanwhile must find it going on."""
 
 
 def refused(port: int) -> bool:

@@ -103,7 +103,7 @@ def test_conda_python_is_one_that_the_package_takes(project):
 def test_conda_does_not_install_this_package():
     """A stale copy would win over the uploaded folder, which is the package."""
     conda, pip = conda_environment()
-    assert conda == ["python=3.11", "pip"]
+    assert conda == ["python=3.11", "gcc=14.3", "pip"]
     assert [r for r in pip if r.name == "mptserve" or r.url] == []
 
 

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from functools import cache
@@ -60,7 +61,8 @@ def why_no_cpu_kernels() -> str:
 def _library() -> ctypes.CDLL:
     if platform.machine() not in ("x86_64", "AMD64"):
         raise _Unavailable(f"they are for x86 processors, not for {platform.machine()}")
-    compiler = shutil.which("gcc")
+    beside = Path(sys.executable).parent  # where a conda environment has its own
+    compiler = shutil.which("gcc") or shutil.which("gcc", path=str(beside))
     if compiler is None:
         raise _Unavailable("there is no gcc")
     try:
