@@ -162,6 +162,7 @@ INLINE float rounded(const float *x, int K, int8_t *codes, int *total) {
 
 /* ---- linear layers ---- */
 
+#define PAD 64 /* bytes after each row of activations: rows a power of two apart would push each other out of the cache */
 #define AHEAD 2048 /* bytes of weights asked for before their turn: the processor's own guess ends with the page */
 
 typedef struct {
@@ -190,10 +191,11 @@ static __attribute__((noinline)) void finish(const layer *l, int m, int n, float
 }
 
 /* One panel of 8-bit weights, [K / 4, 32, 4] bytes, with `rows` rows from m on.
-   codes: [M, K].  steps, totals: [M], what a code is worth, and the sum of the row's codes. */
+   codes: [M, K + PAD].  steps, totals: [M], what a code is worth, and the sum of the row's codes. */
 INLINE void panel8(const layer *l, int rows, int m, int n, const int8_t *codes, const float *steps, const int *totals) {
   const uint8_t *w = l->w + (size_t)n * l->K;
-  const int8_t *a = codes + (size_t)m * l->K;
+  const size_t stride = l->K + PAD;
+  const int8_t *a = codes + m * stride;
   ints acc[ROWS8][PARTS];
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){} - OFFSET * totals[m + r];
@@ -204,7 +206,7 @@ INLINE void panel8(const layer *l, int rows, int m, int n, const int8_t *codes, 
     for (int p = 0; p < PARTS; p++) part[p] = *(const bytes *)(w + p * sizeof(bytes));
     for (int r = 0; r < rows; r++) {
       int32_t four;
-      memcpy(&four, a + (size_t)r * l->K + k, 4);
+      memcpy(&four, a + r * stride + k, 4);
       for (int p = 0; p < PARTS; p++) acc[r][p] = dot8(acc[r][p], part[p], (ints){} + four);
     }
   }
@@ -222,6 +224,7 @@ INLINE void panel8(const layer *l, int rows, int m, int n, const int8_t *codes, 
 INLINE void panel4(const layer *l, int rows, int m, int n, const int8_t *codes, const float *steps, const float *zeros,
                    const int *starts) {
   const int groups = l->K / GROUP;
+  const size_t stride = l->K + PAD;
   const uint8_t *w = l->w + (size_t)(n / PANEL) * groups * GROUP_BYTES;
   floats y[ROWS4][PARTS];
   for (int r = 0; r < rows; r++)
@@ -236,7 +239,7 @@ INLINE void panel4(const layer *l, int rows, int m, int n, const int8_t *codes, 
       for (int p = 0; p < PARTS; p++) part[p] = *(const bytes *)(w + 4 * PANEL * j + p * sizeof(bytes));
       for (int r = 0; r < rows; r++) {
         int32_t low, high;
-        const int8_t *a = codes + (size_t)(m + r) * l->K + g * GROUP + 4 * j;
+        const int8_t *a = codes + (m + r) * stride + g * GROUP + 4 * j;
         memcpy(&low, a, 4);
         memcpy(&high, a + 16, 4);
         for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], part[p] & 15, (ints){} + low);
@@ -257,10 +260,11 @@ INLINE void panel4(const layer *l, int rows, int m, int n, const int8_t *codes, 
 }
 
 /* The same for weights in bfloat16, which become float32 before they are multiplied: [K, 16, 2], the outputs n and
-   n + 16 side by side. in: [M, K] float32. */
+   n + 16 side by side. in: [M, K + PAD / 4] float32. */
 INLINE void panel16(const layer *l, int rows, int m, int n, const float *in) {
   const uint8_t *w = l->w + (size_t)n * l->K * 2;
-  const float *a = in + (size_t)m * l->K;
+  const size_t stride = l->K + PAD / 4;
+  const float *a = in + m * stride;
   floats y[ROWS16][PARTS];
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS; p++) y[r][p] = (floats){};
@@ -273,7 +277,7 @@ INLINE void panel16(const layer *l, int rows, int m, int n, const float *in) {
       part[p + PARTS / 2] = (floats)(both & 0xffff0000u);
     }
     for (int r = 0; r < rows; r++)
-      for (int p = 0; p < PARTS; p++) y[r][p] += a[(size_t)r * l->K + k] * part[p];
+      for (int p = 0; p < PARTS; p++) y[r][p] += a[r * stride + k] * part[p];
   }
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS && n + p * LANES < l->N; p++) finish(l, m + r, n + p * LANES, y[r][p]);
@@ -304,8 +308,8 @@ int linear(int bits, int M, int N, int K, const float *x, const float *norm_weig
   const norm before = {norm_weight, norm_bias, eps};
   const int panels = (N + PANEL - 1) / PANEL, groups = bits == 4 ? K / GROUP : 1;
   const size_t n_rounded = bits == 16 ? 0 : (size_t)M * groups;
-  float *in = norm_weight ? buffer(0, (size_t)M * K * 4) : (float *)x;
-  int8_t *codes = buffer(1, bits == 16 ? 1 : (size_t)M * K);
+  float *in = buffer(0, (size_t)M * (K * 4 + PAD));
+  int8_t *codes = buffer(1, bits == 16 ? 1 : (size_t)M * (K + PAD));
   float *steps = buffer(2, n_rounded * 12 + 1);
   if (!M) return 0;
   if (!in || !codes || !steps) return 1;
@@ -315,13 +319,17 @@ int linear(int bits, int M, int N, int K, const float *x, const float *norm_weig
   {
 #pragma omp for schedule(static)
     for (int m = 0; m < M; m++) {
-      const size_t row = (size_t)m * K;
-      if (norm_weight) normed(x + row, before, K, in + row);
-      if (bits == 8) steps[m] = rounded(in + row, K, codes + row, totals + m);
+      float *row = in + (size_t)m * (K + PAD / 4);
+      int8_t *code = codes + (size_t)m * (K + PAD);
+      if (norm_weight)
+        normed(x + (size_t)m * K, before, K, row);
+      else
+        memcpy(row, x + (size_t)m * K, (size_t)K * 4);
+      if (bits == 8) steps[m] = rounded(row, K, code, totals + m);
       for (int g = 0; bits == 4 && g < groups; g++) {
         const size_t i = (size_t)m * groups + g;
         int total;
-        steps[i] = rounded(in + row + g * GROUP, GROUP, codes + row + g * GROUP, &total);
+        steps[i] = rounded(row + g * GROUP, GROUP, code + g * GROUP, &total);
         zeros[i] = steps[i] * total;
         totals[i] = -8 * total;
       }
