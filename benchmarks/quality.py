@@ -22,11 +22,12 @@ from mptserve.engine import Job, SamplingParams
 from mptserve.engine.attention import Chunk, SlotAttention
 from mptserve.engine.checkpoint import WeightReader, find_checkpoint
 from mptserve.engine.config import MPTConfig, read_config
+from mptserve.engine.cpu_kernels import CompiledLinear
 from mptserve.engine.gptq import quantize_gptq, second_moment
 from mptserve.engine.kv_cache import SlotCache
 from mptserve.engine.model import MPT, Linear, StepRows
 from mptserve.engine.quantization import quantize
-from mptserve.engine.quantized import Int4Linear, Int8Linear
+from mptserve.engine.quantized import Int4Linear
 from mptserve.engine.quantized_checkpoint import write_quantized
 from mptserve.engine.sequence import Sequence
 from mptserve.engine.start import EngineOptions, start_engine
@@ -38,13 +39,14 @@ CPU = torch.device("cpu")
 START = "Once upon a time"
 OTHER_SEEDS = 1_000_000
 """From here on: of the text that is calibrated on."""
-WAYS: dict[str, tuple[torch.dtype, str | None, bool]] = {
-    "bfloat16": (torch.bfloat16, None, False),
-    "int8": (torch.float32, "int8", False),
-    "int4, long prompts": (torch.float32, "int4", False),
-    "int4, decoding": (torch.float32, "int4", True),
+WAYS: dict[str, tuple[Placement, bool]] = {
+    "bfloat16": (Placement(CPU, torch.bfloat16), False),
+    "int8": (Placement(CPU, torch.float32, kernels=True, quant="int8"), False),
+    "int4": (Placement(CPU, torch.float32, kernels=True, quant="int4"), False),
+    "int4 without kernels, long prompts": (Placement(CPU, torch.float32, quant="int4"), False),
+    "int4 without kernels, decoding": (Placement(CPU, torch.float32, quant="int4"), True),
 }
-"""name -> dtype, MPT_QUANT, whether rows are computed as decoding ones"""
+"""name -> where and how, whether rows are computed as decoding ones"""
 
 
 def main() -> None:
@@ -72,28 +74,24 @@ def main() -> None:
         own = own_text(checkpoint.folder, config, tokenizer, most, width, OTHER_SEEDS)
         calibration = torch.tensor(own).view(-1, width)
     windows = [ids[i : i + width] for i in range(0, min(len(ids), args.tokens) - 1, width)]
-    exact = logits_of(load(checkpoint.folder, config, tokenizer, torch.float32, None), windows, False)
+    exact = logits_of(load(checkpoint.folder, config, tokenizer, Placement(CPU, torch.float32)), windows, False)
     print(f"{sum(len(w) - 1 for w in windows)} predictions; perplexity in float32: {perplexity(exact, windows):.3f}\n")
     print(
         "| weights | logit error | KL, nats | same first token | perplexity | change |\n|---|---:|---:|---:|---:|---:|"
     )
-    for name, (dtype, quant, direct) in WAYS.items():
-        found = logits_of(load(checkpoint.folder, config, tokenizer, dtype, quant), windows, direct)
-        print_row(name, exact, found, windows)
+    for name, (place, direct) in WAYS.items():
+        print_row(name, exact, logits_of(load(checkpoint.folder, config, tokenizer, place), windows, direct), windows)
     for n_tokens in args.calibration_tokens:
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "int4"
             write_quantized(checkpoint, folder, "int4", calibration=calibration[: n_tokens // width])
             stored = read_config(folder)
-            for name in ("int4, long prompts", "int4, decoding"):
-                dtype, quant, direct = WAYS[name]
-                found = logits_of(load(folder, stored, tokenizer, dtype, quant), windows, direct)
-                print_row(f"{name}, GPTQ on {stored.calibration_tokens:,} tokens", exact, found, windows)
+            found = logits_of(load(folder, stored, tokenizer, WAYS["int4"][0]), windows, False)
+            print_row(f"int4, GPTQ on {stored.calibration_tokens:,} tokens", exact, found, windows)
     layer_errors()
 
 
-def load(folder: Path, config: MPTConfig, tokenizer: Tokenizer, dtype: torch.dtype, quant: str | None) -> MPT:
-    place = Placement(CPU, dtype, quant=quant)
+def load(folder: Path, config: MPTConfig, tokenizer: Tokenizer, place: Placement) -> MPT:
     return load_model(WeightReader(folder, config), config, place, tokenizer.n_tokens)
 
 
@@ -164,13 +162,11 @@ def layer_errors() -> None:
     kinds: list[Callable[[int], Tensor]] = [plain, lambda n: plain(n) * outlier, lambda n: plain(n) @ falling]
     eight, four = quantize(weight, "int8"), quantize(weight, "int4")
     rows: list[tuple[str, Callable[[Tensor], Linear]]] = [
-        ("int8", lambda _: Int8Linear(eight)),
-        ("int4, long prompts", lambda _: Int4Linear(four, None, StepRows())),
-        ("int4, decoding", lambda _: Int4Linear(four, None, StepRows(64))),
-        (
-            "int4, decoding, GPTQ on 16,384 rows",
-            lambda moment: Int4Linear(quantize_gptq(weight, moment), None, StepRows(64)),
-        ),
+        ("int8", lambda _: CompiledLinear(eight)),
+        ("int4", lambda _: CompiledLinear(four)),
+        ("int4, GPTQ on 16,384 rows", lambda moment: CompiledLinear(quantize_gptq(weight, moment))),
+        ("int4 without kernels, long prompts", lambda _: Int4Linear(four, None, StepRows())),
+        ("int4 without kernels, decoding", lambda _: Int4Linear(four, None, StepRows(64))),
     ]
     print("\n| random layer, 4096 inputs | plain input | with an outlier column | correlated |\n|---|---:|---:|---:|")
     with torch.inference_mode():

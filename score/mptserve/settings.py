@@ -70,7 +70,7 @@ class Settings:
     queue_limit: int = _setting(
         "MPT_QUEUE_LIMIT", 256, "sequences that may wait; one more is answered 429", low=1, high=1_000_000
     )
-    cpu_threads: int = _setting("MPT_CPU_THREADS", 0, "threads of the CPU engine; 0: one per core", high=1024)
+    cpu_threads: int = _setting("MPT_CPU_THREADS", 0, "threads of the CPU engine, at most; 0: one per core", high=1024)
     speculate_tokens: int = _setting(
         "MPT_SPECULATE_TOKENS",
         0,
