@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engines import generate, random_ids
 from mptserve.engine import Job, SamplingParams
 from mptserve.engine.config import parse_config
-from mptserve.engine.reference import start_reference_engine
+from mptserve.engine.reference import device_map, start_reference_engine
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.errors import BadSetting, ContextTooLong, Unavailable, UnsupportedModel
 from tiny import tiny_config, write_checkpoint
@@ -66,3 +67,11 @@ def test_what_transformers_gets_silently_wrong_is_refused(tmp_path: Path, change
     write_checkpoint(tmp_path, raw)
     with pytest.raises(UnsupportedModel, match=named):
         start_reference_engine(tmp_path, parse_config(raw), 128, OPTIONS)
+
+
+@pytest.mark.parametrize(("device", "n_gpus", "wanted"), [("cuda", 2, "auto"), ("cuda", 1, "cuda"), ("cpu", 2, "cpu")])
+def test_a_model_too_large_for_one_gpu_is_spread_over_several(
+    device: str, n_gpus: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    assert str(device_map(torch.device(device))) == wanted

@@ -68,10 +68,15 @@ def start_reference_engine(
         attn_config={"clip_qkv": config.clip_qkv, "softmax_scale": config.softmax_scale},
         tie_word_embeddings=config.tie_word_embeddings,
     )
-    model = MptForCausalLM.from_pretrained(folder, config=hf_config, dtype=place.dtype, device_map=place.device)
+    model = MptForCausalLM.from_pretrained(folder, config=hf_config, dtype=place.dtype, device_map=device_map(place.device))
     return ReferenceEngine(
         model.eval(), config, min(n_tokens, config.vocab_size), max_tokens, options.queue_limit, on_finish
     )
+
+
+def device_map(device: torch.device) -> torch.device | str:
+    """Return where `transformers` puts the layers: where there are several GPUs, accelerate spreads them over all."""
+    return "auto" if device.type == "cuda" and torch.cuda.device_count() > 1 else device
 
 
 def refuse_what_it_gets_wrong(config: MPTConfig) -> None:
