@@ -45,7 +45,7 @@ def main() -> None:
         copies = math.ceil(COLD_BYTES / n_bytes)
         ours, theirs, rows = layers(name, weight, copies)
         for n in args.rows:
-            rows.n_direct = n if n < LONG else 0
+            rows.n_direct = max(n, 2) if n < LONG else 0
             x = torch.randn(n, args.inputs)
             twice = torch.cat((x, x)) if n == 1 else x  # theirs never runs alone (Linear.min_rows)
             theirs_s, ours_s = best((theirs, ours), [twice, x])
