@@ -66,7 +66,9 @@ def layers(name: str, weight: Tensor, copies: int) -> tuple[list[Linear], list[L
             rows,
         )
     codes = quantize(weight, name)
-    theirs: list[Linear] = [Int8Linear(codes) if name == "int8" else Int4Linear(codes, None, rows) for _ in range(copies)]
+    theirs: list[Linear] = [
+        Int8Linear(codes) if name == "int8" else Int4Linear(codes, None, rows) for _ in range(copies)
+    ]
     return [CompiledLinear(codes) for _ in range(copies)], theirs, rows
 
 

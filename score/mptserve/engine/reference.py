@@ -68,7 +68,9 @@ def start_reference_engine(
         attn_config={"clip_qkv": config.clip_qkv, "softmax_scale": config.softmax_scale},
         tie_word_embeddings=config.tie_word_embeddings,
     )
-    model = MptForCausalLM.from_pretrained(folder, config=hf_config, dtype=place.dtype, device_map=device_map(place.device))
+    model = MptForCausalLM.from_pretrained(
+        folder, config=hf_config, dtype=place.dtype, device_map=device_map(place.device)
+    )
     return ReferenceEngine(
         model.eval(), config, min(n_tokens, config.vocab_size), max_tokens, options.queue_limit, on_finish
     )
