@@ -50,7 +50,8 @@ def load_tiny(
 
 
 def is_compiled(model: MPT) -> bool:
-    return isinstance(model.head, CompiledLinear)
+    """Whether attention is to be compiled: with compiled layers, and, as in a server, in bfloat16 wherever possible."""
+    return isinstance(model.head, CompiledLinear) or (model.dtype == torch.bfloat16 and not why_no_cpu_kernels())
 
 
 def make_engine(
