@@ -319,12 +319,13 @@ int linear(int bits, int M, int N, int K, const float *x, const float *norm_weig
   {
 #pragma omp for schedule(static)
     for (int m = 0; m < M; m++) {
-      float *row = in + (size_t)m * (K + PAD / 4);
+      const float *row = x + (size_t)m * K;
+      float *padded = in + (size_t)m * (K + PAD / 4);
       int8_t *code = codes + (size_t)m * (K + PAD);
       if (norm_weight)
-        normed(x + (size_t)m * K, before, K, row);
-      else
-        memcpy(row, x + (size_t)m * K, (size_t)K * 4);
+        normed(row, before, K, padded), row = padded;
+      else if (bits == 16)
+        memcpy(padded, row, (size_t)K * 4);
       if (bits == 8) steps[m] = rounded(row, K, code, totals + m);
       for (int g = 0; bits == 4 && g < groups; g++) {
         const size_t i = (size_t)m * groups + g;

@@ -158,14 +158,12 @@ def _laid_out(weight: Tensor | Quantized) -> Packed:
         n_out, n_in = weight.shape
         halves = F.pad(weight.view(torch.int16), (0, 0, 0, -n_out % PANEL)).view(-1, 2, PANEL // 2, n_in)
         return Packed(halves.permute(0, 3, 2, 1).contiguous(), n_out, n_in, 16)
-    n_out = len(weight.codes)
+    n_out, n_in = len(weight.codes), weight.n_in
     fill = -n_out % PANEL
     if weight.zero is None:
-        n_in = weight.codes.shape[1]
         codes = F.pad(weight.codes, (0, 0, 0, fill)).view(torch.uint8) ^ 128  # as unsigned: 128 more
         panels = codes.view(torch.int32).view(-1, PANEL, n_in // 4).transpose(1, 2).contiguous()
         return Packed(panels, n_out, n_in, 8, F.pad(weight.scale, (0, fill)))
-    n_in = weight.codes.shape[1] * 2
     groups = n_in // GROUP
     codes = torch.stack((weight.codes & 15, weight.codes >> 4), -1).view(n_out, groups, GROUP)
     halves = F.pad(codes[..., : GROUP // 2] | (codes[..., GROUP // 2 :] << 4), (0, 0, 0, 0, 0, fill))

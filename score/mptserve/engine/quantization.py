@@ -41,6 +41,10 @@ class Quantized:
     scale: Tensor
     zero: Tensor | None = None
 
+    @property
+    def n_in(self) -> int:
+        return self.codes.shape[1] * (1 if self.zero is None else 2)
+
 
 def quantize(weight: Tensor, method: str) -> Quantized:
     """Return the [n_out, n_in] weight in `method`, "int8" or "int4", on its own device."""

@@ -218,12 +218,12 @@ def build_block(config: MPTConfig, i: int, norm: Callable[[str], Norm], linear: 
 
 
 def _linear_maker(place: Placement) -> Callable[[Tensor, Tensor | None], Linear]:
-    if place.kernels and place.device.type != "cpu":
+    if place.device.type != "cpu":
+        if not place.kernels:
+            return PlainLinear
         from mptserve.engine.gpu_linear import KernelLinear  # needs Triton
 
         return KernelLinear
-    if place.device.type != "cpu":
-        return PlainLinear
 
     def make(weight: Tensor, bias: Tensor | None) -> Linear:
         if place.halves and weight.dtype == torch.bfloat16 and weight.shape[1] % GROUP == 0:
@@ -241,8 +241,7 @@ def _quantized_maker(place: Placement, rows: StepRows) -> Callable[[Quantized, T
         return KernelLinear
 
     def make(weight: Quantized, bias: Tensor | None) -> Linear:
-        n_in = weight.codes.shape[1] * (1 if weight.zero is None else 2)
-        if place.kernels and n_in % GROUP == 0:
+        if place.kernels and weight.n_in % GROUP == 0:
             return CompiledLinear(weight, bias)
         return Int8Linear(weight, bias) if weight.zero is None else Int4Linear(weight, bias, rows)
 
