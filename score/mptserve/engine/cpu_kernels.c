@@ -3,7 +3,7 @@
    Compiled by cpu_kernels.py on the machine that runs it; everything here is deterministic: what a row's output is
    depends on its input alone, not on the rows beside it and not on the number of threads.
 
-   Vectors are GCC's, as wide as the processor's; only the product of bytes names instructions.
+   Vectors are GCC's, as wide as the processor's; only products of bytes and what goes across a vector name instructions.
 
    Letters as in model.py: N outputs, K inputs, M rows, H heads, D head size. A panel is 32 outputs. */
 
@@ -33,8 +33,10 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
+typedef int8_t few __attribute__((vector_size(LANES)));
 
-/* ---- products of bytes: acc + sum over 4 neighbours of w (unsigned) * a (signed) ---- */
+/* ---- what the two sets of instructions do differently ----
+   dot8, dot4: acc + sum over 4 neighbours of w (unsigned) * a (signed). */
 
 #if defined(__AVX512VNNI__)
 #define OFFSET 128 /* 8-bit codes are stored with it added, and taken as unsigned */
@@ -43,6 +45,10 @@ typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
 #define ROWS4 8
 INLINE ints dot8(ints acc, bytes w, ints a) { return (ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
 #define dot4 dot8
+INLINE float sum(floats x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE int total_of(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
+INLINE floats larger(floats x, floats y) { return (floats)_mm512_max_ps((__m512)x, (__m512)y); }
+INLINE float largest_of(floats x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
 /* Pairs are added in 16 bits: 255 * 127 * 2 does not fit, so signed codes give their sign to the activation. */
 #define OFFSET 0
@@ -57,6 +63,20 @@ INLINE ints dot8(ints acc, bytes w, ints a) {
   __m256i code = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8((char)128));
   return dot4(acc, (bytes)_mm256_abs_epi8(code), (ints)_mm256_sign_epi8((__m256i)a, code));
 }
+INLINE float sum(floats x) {
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) x[i] += x[i + n];
+  return x[0];
+}
+INLINE int total_of(ints x) {
+  for (int i = 1; i < LANES; i++) x[0] += x[i];
+  return x[0];
+}
+INLINE floats larger(floats x, floats y) { return (floats)_mm256_max_ps((__m256)x, (__m256)y); }
+INLINE float largest_of(floats x) {
+  for (int i = 1; i < LANES; i++) x[0] = x[0] > x[i] ? x[0] : x[i];
+  return x[0];
+}
 #endif
 
 /* ---- functions of floats ---- */
@@ -68,13 +88,7 @@ INLINE floats bf16(const uint16_t *p) {
   memcpy(&bits, p, sizeof bits);
   return (floats)(__builtin_convertvector(bits, uints) << 16);
 }
-INLINE float sum(floats x) {
-  for (int n = LANES / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) x[i] += x[i + n];
-  return x[0];
-}
 INLINE floats pick(ints where, floats x, floats y) { return (floats)((where & (ints)x) | (~where & (ints)y)); }
-INLINE floats larger(floats x, floats y) { return pick(x > y, x, y); }
 INLINE floats size_of(floats x) { return (floats)((ints)x & 0x7fffffff); }
 
 /* e^x for x <= 0 (Cody and Waite's reduction, a polynomial of degree 6; relative error below 2e-7); 0 below -87. */
@@ -108,7 +122,7 @@ static void *buffer(int which, size_t size) {
   static __thread struct {
     void *at;
     size_t size;
-  } kept[4];
+  } kept[5];
   if (kept[which].size < size) {
     free(kept[which].at);
     kept[which].at = aligned_alloc(64, (size + 63) / 64 * 64);
@@ -145,24 +159,45 @@ INLINE float rounded(const float *x, int K, int8_t *codes, int *total) {
     most = larger(size_of(load(x + k)), most);
     zeros += load(x + k) * 0.0f; /* or NaN */
   }
-  float largest = 0;
-  for (int i = 0; i < LANES; i++) largest = most[i] > largest ? most[i] : largest;
+  const float largest = largest_of(most), scale = 127.0f / largest;
   const floats magic = all(12582912.0f);
   ints sums = {};
   for (int k = 0; k < K; k += LANES) {
-    ints code = (ints)(load(x + k) * (127.0f / largest) + magic) - (ints)magic;
+    ints code = (ints)(load(x + k) * scale + magic) - (ints)magic;
+    few narrow = __builtin_convertvector(code, few);
     sums += code;
-    for (int i = 0; i < LANES; i++) codes[k + i] = (int8_t)code[i];
+    memcpy(codes + k, &narrow, LANES);
   }
-  int s = 0;
-  for (int i = 0; i < LANES; i++) s += sums[i];
-  *total = s;
+  *total = total_of(sums);
   return largest / 127.0f + sum(zeros);
+}
+
+/* A row of activations is a row of words of 4 bytes: K floats for weights in bfloat16, K / 4 words of codes for 8 bits,
+   and for 4 bits GROUP_WORDS for each group: 8 words of codes, then what a code is worth, that times the sum of the
+   group's codes, and -8 times the sum. */
+typedef union {
+  float real;
+  int32_t whole;
+} word;
+#define GROUP_WORDS 11
+
+static int words_of(int bits, int K) { return bits == 16 ? K : bits == 8 ? K / 4 : K / GROUP * GROUP_WORDS; }
+
+/* Write row x [K] as words for weights of so many bits. step, total: of the row's codes, 8 bits only. */
+static void to_words(int bits, const float *x, int K, word *out, float *step, int *total) {
+  if (bits == 16) memcpy(out, x, (size_t)K * 4);
+  if (bits == 8) *step = rounded(x, K, (int8_t *)out, total);
+  for (int k = 0; bits == 4 && k < K; k += GROUP, out += GROUP_WORDS) {
+    int sum_of_codes;
+    out[8].real = rounded(x + k, GROUP, (int8_t *)out, &sum_of_codes);
+    out[9].real = out[8].real * sum_of_codes;
+    out[10].whole = -8 * sum_of_codes;
+  }
 }
 
 /* ---- linear layers ---- */
 
-#define PAD 64 /* bytes after each row of activations: rows a power of two apart would push each other out of the cache */
+#define PAD 16 /* words after each row of activations: rows a power of two apart would push each other out of the cache */
 #define AHEAD 2048 /* bytes of weights asked for before their turn: the processor's own guess ends with the page */
 
 typedef struct {
@@ -172,6 +207,8 @@ typedef struct {
   const float *bias, *residual;
   int gelu;
   float *y;
+  const float *steps; /* [M], 8 bits only: what a code of the row is worth, and the sum of its codes */
+  const int *totals;
 } layer;
 
 /* What becomes of a vector of row m's sums, from output n on: bias, GELU, residual, and where they go. */
@@ -190,85 +227,68 @@ static __attribute__((noinline)) void finish(const layer *l, int m, int n, float
   for (int i = 0; n + i < l->N; i++) out[i] = y[i] + (residual ? residual[i] : 0);
 }
 
-/* One panel of 8-bit weights, [K / 4, 32, 4] bytes, with `rows` rows from m on.
-   codes: [M, K + PAD].  steps, totals: [M], what a code is worth, and the sum of the row's codes. */
-INLINE void panel8(const layer *l, int rows, int m, int n, const int8_t *codes, const float *steps, const int *totals) {
+/* One panel of 8-bit weights, [K / 4, 32, 4] bytes, with `rows` rows from m on, whose words are a [K / 4, rows]. */
+INLINE void panel8(const layer *l, int rows, int m, int n, const word *a) {
   const uint8_t *w = l->w + (size_t)n * l->K;
-  const size_t stride = l->K + PAD;
-  const int8_t *a = codes + m * stride;
   ints acc[ROWS8][PARTS];
   for (int r = 0; r < rows; r++)
-    for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){} - OFFSET * totals[m + r];
-  for (int k = 0; k < l->K; k += 4, w += 4 * PANEL) {
+    for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){} - OFFSET * l->totals[m + r];
+  for (int k = 0; k < l->K; k += 4, w += 4 * PANEL, a += rows) {
     __builtin_prefetch(w + AHEAD);
     __builtin_prefetch(w + AHEAD + 64);
     bytes part[PARTS];
     for (int p = 0; p < PARTS; p++) part[p] = *(const bytes *)(w + p * sizeof(bytes));
-    for (int r = 0; r < rows; r++) {
-      int32_t four;
-      memcpy(&four, a + r * stride + k, 4);
-      for (int p = 0; p < PARTS; p++) acc[r][p] = dot8(acc[r][p], part[p], (ints){} + four);
-    }
+    for (int r = 0; r < rows; r++)
+      for (int p = 0; p < PARTS; p++) acc[r][p] = dot8(acc[r][p], part[p], (ints){} + a[r].whole);
   }
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS && n + p * LANES < l->N; p++)
       finish(l, m + r, n + p * LANES,
-             __builtin_convertvector(acc[r][p], floats) * (load(l->scale + n + p * LANES) * steps[m + r]));
+             __builtin_convertvector(acc[r][p], floats) * (load(l->scale + n + p * LANES) * l->steps[m + r]));
 }
 
 /* The same for 4 bits: a group of the panel is [4, 32, 4] bytes, 32 scales and 32 zeros in bfloat16. Byte (j, n, t)
    holds the codes of output n for the group's inputs 4 j + t (low half) and 16 + 4 j + t (high half).
-   steps, zeros, starts: [M, K / 32], what a code of that group of activations is worth, that times the sum of the
-   group's codes, and -8 times the sum. */
+   a: [K / 32, GROUP_WORDS, rows]. */
 #define GROUP_BYTES (PANEL * GROUP / 2 + 2 * 2 * PANEL)
-INLINE void panel4(const layer *l, int rows, int m, int n, const int8_t *codes, const float *steps, const float *zeros,
-                   const int *starts) {
+INLINE void panel4(const layer *l, int rows, int m, int n, const word *a) {
   const int groups = l->K / GROUP;
-  const size_t stride = l->K + PAD;
   const uint8_t *w = l->w + (size_t)(n / PANEL) * groups * GROUP_BYTES;
   floats y[ROWS4][PARTS];
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS; p++) y[r][p] = (floats){};
-  for (int g = 0; g < groups; g++, w += GROUP_BYTES) {
+  for (int g = 0; g < groups; g++, w += GROUP_BYTES, a += GROUP_WORDS * rows) {
     for (int line = 0; line < GROUP_BYTES; line += 64) __builtin_prefetch(w + AHEAD + line);
     ints acc[ROWS4][PARTS];
     for (int r = 0; r < rows; r++)
-      for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){} + starts[(m + r) * groups + g];
+      for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){} + a[10 * rows + r].whole;
     for (int j = 0; j < 4; j++) {
       bytes part[PARTS];
       for (int p = 0; p < PARTS; p++) part[p] = *(const bytes *)(w + 4 * PANEL * j + p * sizeof(bytes));
       for (int r = 0; r < rows; r++) {
-        int32_t low, high;
-        const int8_t *a = codes + (m + r) * stride + g * GROUP + 4 * j;
-        memcpy(&low, a, 4);
-        memcpy(&high, a + 16, 4);
-        for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], part[p] & 15, (ints){} + low);
-        for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], part[p] >> 4, (ints){} + high);
+        for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], part[p] & 15, (ints){} + a[j * rows + r].whole);
+        for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], part[p] >> 4, (ints){} + a[(4 + j) * rows + r].whole);
       }
     }
     const uint16_t *scale = (const uint16_t *)(w + PANEL * GROUP / 2), *zero = scale + PANEL;
-    for (int r = 0; r < rows; r++) {
-      float step = steps[(m + r) * groups + g], at = zeros[(m + r) * groups + g];
+    for (int r = 0; r < rows; r++)
       for (int p = 0; p < PARTS; p++) {
-        y[r][p] += __builtin_convertvector(acc[r][p], floats) * (bf16(scale + p * LANES) * step);
-        y[r][p] += bf16(zero + p * LANES) * at;
+        y[r][p] += __builtin_convertvector(acc[r][p], floats) * (bf16(scale + p * LANES) * a[8 * rows + r].real);
+        y[r][p] += bf16(zero + p * LANES) * a[9 * rows + r].real;
       }
-    }
   }
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS && n + p * LANES < l->N; p++) finish(l, m + r, n + p * LANES, y[r][p]);
 }
 
 /* The same for weights in bfloat16, which become float32 before they are multiplied: [K, 16, 2], the outputs n and
-   n + 16 side by side. in: [M, K + PAD / 4] float32. */
-INLINE void panel16(const layer *l, int rows, int m, int n, const float *in) {
+   n + 16 side by side. a: [K, rows]. */
+INLINE void panel16(const layer *l, int rows, int m, int n, const word *a) {
   const uint8_t *w = l->w + (size_t)n * l->K * 2;
-  const size_t stride = l->K + PAD / 4;
-  const float *a = in + m * stride;
   floats y[ROWS16][PARTS];
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS; p++) y[r][p] = (floats){};
-  for (int k = 0; k < l->K; k++, w += 2 * PANEL) {
+  for (int k = 0; k < l->K; k++, w += 2 * PANEL, a += rows) {
     __builtin_prefetch(w + AHEAD);
     floats part[PARTS];
     for (int p = 0; p < PARTS / 2; p++) {
@@ -277,7 +297,7 @@ INLINE void panel16(const layer *l, int rows, int m, int n, const float *in) {
       part[p + PARTS / 2] = (floats)(both & 0xffff0000u);
     }
     for (int r = 0; r < rows; r++)
-      for (int p = 0; p < PARTS; p++) y[r][p] += a[r * stride + k] * part[p];
+      for (int p = 0; p < PARTS; p++) y[r][p] += a[r].real * part[p];
   }
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS && n + p * LANES < l->N; p++) finish(l, m + r, n + p * LANES, y[r][p]);
@@ -304,53 +324,54 @@ static int at_once(int left, int most) {
    bits: of a weight, 16, 8 or 4.  Returns 0, or 1 without memory. */
 int linear(int bits, int M, int N, int K, const float *x, const float *norm_weight, const float *norm_bias, float eps,
            const uint8_t *w, const float *scale, const float *bias, const float *residual, int gelu, float *y) {
-  const layer l = {M, N, K, w, scale, bias, residual, gelu, y};
   const norm before = {norm_weight, norm_bias, eps};
-  const int panels = (N + PANEL - 1) / PANEL, groups = bits == 4 ? K / GROUP : 1;
-  const size_t n_rounded = bits == 16 ? 0 : (size_t)M * groups;
-  float *in = buffer(0, (size_t)M * (K * 4 + PAD));
-  int8_t *codes = buffer(1, bits == 16 ? 1 : (size_t)M * (K + PAD));
-  float *steps = buffer(2, n_rounded * 12 + 1);
+  const int panels = (N + PANEL - 1) / PANEL, words = words_of(bits, K), stride = words + PAD;
+  const int most = bits == 16 ? ROWS16 : bits == 8 ? ROWS8 : ROWS4;
+  word *each = buffer(0, (size_t)M * stride * 4), *together = buffer(1, (size_t)(M > 1 ? M : 0) * words * 4 + 1);
+  float *steps = buffer(2, (size_t)M * 8 + 1);
   if (!M) return 0;
-  if (!in || !codes || !steps) return 1;
-  float *zeros = steps + n_rounded;
-  int *totals = (int *)(zeros + n_rounded);
+  if (!each || !together || !steps) return 1;
+  int *totals = (int *)(steps + M), failed = 0;
+  const layer l = {M, N, K, w, scale, bias, residual, gelu, y, steps, totals};
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
     for (int m = 0; m < M; m++) {
       const float *row = x + (size_t)m * K;
-      float *padded = in + (size_t)m * (K + PAD / 4);
-      int8_t *code = codes + (size_t)m * (K + PAD);
-      if (norm_weight)
-        normed(row, before, K, padded), row = padded;
-      else if (bits == 16)
-        memcpy(padded, row, (size_t)K * 4);
-      if (bits == 8) steps[m] = rounded(row, K, code, totals + m);
-      for (int g = 0; bits == 4 && g < groups; g++) {
-        const size_t i = (size_t)m * groups + g;
-        int total;
-        steps[i] = rounded(row + g * GROUP, GROUP, code + g * GROUP, &total);
-        zeros[i] = steps[i] * total;
-        totals[i] = -8 * total;
+      float *own = norm_weight ? buffer(4, (size_t)K * 4) : NULL;
+      if (norm_weight && !own) {
+        failed = 1;
+        continue;
       }
+      if (norm_weight) normed(row, before, K, own), row = own;
+      to_words(bits, row, K, each + (size_t)m * stride, steps + m, totals + m);
     }
+    /* Rows that a panel is read for at once, word beside word. */
+    const word *a = M > 1 ? together : each;
+    for (int m = 0, rows; M > 1 && m < M; m += rows) {
+      rows = at_once(M - m, most);
+#pragma omp for schedule(static) nowait
+      for (int i = 0; i < words; i++)
+        for (int r = 0; r < rows; r++) together[(size_t)m * words + i * rows + r] = each[(size_t)(m + r) * stride + i];
+    }
+#pragma omp barrier
 #pragma omp for schedule(dynamic, 4) nowait
     for (int p = 0; p < panels; p++) {
       const int n = p * PANEL;
       for (int m = 0, rows; m < M; m += rows) {
-        rows = at_once(M - m, bits == 16 ? ROWS16 : bits == 8 ? ROWS8 : ROWS4);
+        rows = at_once(M - m, most);
+        const word *in = a + (size_t)m * words;
         if (bits == 16) {
           EACH(rows, ROWS16, panel16(&l, R, m, n, in));
         } else if (bits == 8) {
-          EACH(rows, ROWS8, panel8(&l, R, m, n, codes, steps, totals));
+          EACH(rows, ROWS8, panel8(&l, R, m, n, in));
         } else {
-          EACH(rows, ROWS4, panel4(&l, R, m, n, codes, steps, zeros, totals));
+          EACH(rows, ROWS4, panel4(&l, R, m, n, in));
         }
       }
     }
   }
-  return 0;
+  return failed;
 }
 
 /* ---- attention ---- */
