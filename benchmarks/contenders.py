@@ -21,19 +21,22 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mptserve.engine import Job, SamplingParams
 from mptserve.engine.config import parse_config, read_config
 from mptserve.engine.memory import available_cores
+from mptserve.engine.quantized_checkpoint import SHARD_BYTES, write_shards
 from mptserve.engine.start import EngineOptions, start_engine
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "samples" / "mpt-8m"
 SHAPES = {
     "small": {"d_model": 1024, "n_heads": 8, "n_layers": 16, "vocab_size": 50432},
     "wide": {"d_model": 4096, "n_heads": 32, "n_layers": 4, "vocab_size": 50432},
+    "7b": {"d_model": 4096, "n_heads": 32, "n_layers": 32, "vocab_size": 50432},
 }
-"""small: 253 M parameters.  wide: MPT-7B's exact layer shapes, but four layers: 1.01 B parameters."""
+"""small: 253 M parameters.  wide: MPT-7B's exact layer shapes, but four layers: 1.01 B parameters.  7b: all of it."""
 
 Generate = Callable[[list[list[int]], int, bool], list[list[int]]]
 """(prompts, all of one length; new tokens of each, no fewer; with a KV cache) -> the new tokens."""
@@ -247,8 +250,9 @@ def write_gguf(folder: Path, path: Path) -> None:
     }
     for i in range(config.n_layers):
         names |= {f"transformer.blocks.{i}.{theirs}": f"blk.{i}.{own}" for theirs, own in parts.items()}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", tensor.float().numpy())
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(path).items():
+            writer.add_tensor(f"{names[name.removesuffix('.weight')]}.weight", tensor.float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -262,13 +266,14 @@ def write_random_model(folder: Path, name: str) -> Path:
     for path in EMBEDDED.glob("*token*"):
         shutil.copy(path, folder)
     random = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.ones(shape, dtype=torch.bfloat16)
-        if len(shape) == 1
-        else torch.randn(shape, generator=random).mul_(0.02).to(torch.bfloat16)
-        for name, shape in parse_config(raw).tensor_shapes().items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def tensor(shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.bfloat16)
+        return torch.randn(shape, generator=random).mul_(0.02).to(torch.bfloat16)
+
+    shapes = parse_config(raw).tensor_shapes()
+    write_shards(folder, ((name, tensor(shape)) for name, shape in shapes.items()), SHARD_BYTES)
     return folder
 
 

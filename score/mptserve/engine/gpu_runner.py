@@ -26,7 +26,7 @@ from torch import Tensor
 from mptserve.engine.attention import Chunk
 from mptserve.engine.kernels import TILE, KernelCache, new_parts, sample_rows
 from mptserve.engine.kv_cache import PagedCache, n_blocks_for
-from mptserve.engine.lanes import LaneState, copy_lane, fork_lane, new_lanes, set_lanes
+from mptserve.engine.lanes import LaneState, copy_lane, fork_lane, new_lanes, set_lanes, upload
 from mptserve.engine.model import MPT, alibi_slopes
 from mptserve.engine.runner import Launched
 from mptserve.engine.sampling import Sampled
@@ -253,8 +253,7 @@ class GpuRunner:
             self.table[values[0], values[1]] = values[2].to(torch.int32)
 
     def _upload(self, numbers: Seq[Any], dtype: torch.dtype) -> Tensor:
-        host = torch.tensor(numbers, dtype=dtype)
-        return host.pin_memory().to(self.device, non_blocking=True) if self._on_gpu else host
+        return upload(torch.tensor(numbers, dtype=dtype), self.device)
 
     def _download(self, tensor: Tensor) -> Tensor:
         if not self._on_gpu:

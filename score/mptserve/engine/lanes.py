@@ -55,6 +55,11 @@ def new_lanes(n_lanes: int, n_vocab: int, device: torch.device) -> Lanes:
     )
 
 
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """Return `host` on `device`; on its way to a GPU it makes nobody wait for the steps that are under way there."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
 def set_lanes(lanes: Lanes, states: Seq[LaneState]) -> None:
     """Overwrite lanes."""
     device = lanes.integers.device
@@ -68,10 +73,10 @@ def set_lanes(lanes: Lanes, states: Seq[LaneState]) -> None:
             (p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty, 0.0, 0.0)
         )
         if penalised:
-            lanes.counts[state.lane] = _counts(seq, lanes.counts.shape[1]).to(device, non_blocking=True)
-    which = torch.tensor([state.lane for state in states]).to(device, non_blocking=True)
-    lanes.integers[:, which] = torch.tensor(integers).T.to(device, non_blocking=True)
-    lanes.numbers[:, which] = torch.tensor(numbers, dtype=torch.float32).T.to(device, non_blocking=True)
+            lanes.counts[state.lane] = upload(_counts(seq, lanes.counts.shape[1]), device)
+    which = upload(torch.tensor([state.lane for state in states]), device)
+    lanes.integers[:, which] = upload(torch.tensor(integers), device).T
+    lanes.numbers[:, which] = upload(torch.tensor(numbers, dtype=torch.float32), device).T
 
 
 def fork_lane(lanes: Lanes, source: int, first: int, drafts: Tensor) -> None:
