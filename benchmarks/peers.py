@@ -2,8 +2,8 @@
 
     python benchmarks/peers.py [--model small wide] [--engines "mptserve float32" "llama.cpp F32" ...] [--rounds 3]
 
-Random weights of two shapes: small (253 M parameters, where overhead per step counts) and wide (MPT-7B's layers, four
-of them, where reading weights counts); or the embedded model. The engines take turns, round by round, each in a process
+Random weights of three shapes: small (253 M parameters, where overhead per step counts), wide (MPT-7B's layers, four
+of them, where reading weights counts) and 7b (all of it: with --one-by-one); or the embedded model. The engines take turns, round by round, each in a process
 of its own; figures are medians, and the memory bandwidth is measured beside every round. All are greedy, and whoever
 computes in float32 must come to the tokens that `transformers` comes to, or the run ends.
 
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one-by-one", action="store_true", help="hold one engine in memory at a time: no turns")
     args = parser.parse_args()
     print(f"{cpu_name()}, torch {torch.__version__}", flush=True)
     found: dict[str, dict[str, float]] = {}
@@ -61,8 +62,11 @@ def main() -> None:
         for group in [args.engines] if args.engines else GROUPS:
             with tempfile.TemporaryDirectory() as scratch:
                 folder = EMBEDDED if name == "embedded" else write_random_model(Path(scratch), name)
-                engines = {key: Contender(MAKERS[key.split()[0]], folder, key.split()[1], greedy=True) for key in group}
-            found |= measure(name, engines, args.rows, args.new_tokens, args.rounds)
+                for keys in [[key] for key in group] if args.one_by_one else [group]:
+                    engines = {
+                        key: Contender(MAKERS[key.split()[0]], folder, key.split()[1], greedy=True) for key in keys
+                    }
+                    found |= measure(name, engines, args.rows, args.new_tokens, args.rounds)
     print(json.dumps({"cpu": cpu_name(), "torch": torch.__version__, "results": found}))
 
 
