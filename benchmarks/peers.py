@@ -3,9 +3,10 @@
     python benchmarks/peers.py [--model small wide] [--engines "mptserve float32" "llama.cpp F32" ...] [--rounds 3]
 
 Random weights of three shapes: small (253 M parameters, where overhead per step counts), wide (MPT-7B's layers, four
-of them, where reading weights counts) and 7b (all of it: with --one-by-one); or the embedded model. The engines take turns, round by round, each in a process
-of its own; figures are medians, and the memory bandwidth is measured beside every round. All are greedy, and whoever
-computes in float32 must come to the tokens that `transformers` comes to, or the run ends.
+of them, where reading weights counts) and 7b (all of it; only --one-by-one do they fit); or the embedded model. The
+engines take turns, round by round, each in a process of its own; figures are medians, and the memory bandwidth is
+measured beside every round. All are greedy, and whoever computes in float32 must come to the tokens that
+`transformers` comes to, or the run ends.
 
 decode: rows * (N tokens) / (time of N + 1 tokens - time of 1), after prompts of 128 tokens.  prefill: 512 tokens until
 the first.  memory: of the process at its end.  Needs the peers: see contenders.py. The last line is one JSON object.
