@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mptserve.engine import cpu_kernels
-from mptserve.engine.cpu_kernels import CompiledLinear, attend, linear, pack, store, why_no_cpu_kernels
+from mptserve.engine.cpu_kernels import (
+    CompiledLinear,
+    attend,
+    attend_tiles,
+    linear,
+    pack,
+    store,
+    why_no_cpu_kernels,
+)
 from mptserve.engine.model import Norm, alibi_slopes
 from mptserve.engine.quantization import GROUP, Quantized, dequantize, quantize
 from mptserve.engine.quantized import Int8Linear
@@ -158,6 +166,45 @@ def test_attention_equals_its_formula(heads: int, head_dim: int, bias_max: int) 
                 q[one], cache, slots[one], positions[one], None if start is None else start[one], slopes, scale
             )
             assert torch.equal(alone[0], found[i])
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "bias_max"), [(4, 16, 8), (3, 64, 8), (2, 128, 16), (2, 112, 8)])
+def test_attention_of_prompts_equals_its_formula(heads: int, head_dim: int, bias_max: int) -> None:
+    n_tokens = 160
+    cache, q = random(2, 3, heads, n_tokens, head_dim), random(200, 3, heads, head_dim)[:, 0]
+    cache[:, 1, :, 116:] = torch.nan  # behind the prompt of the third tile
+    tiles = torch.tensor([[0, 0, 0, 32], [0, 32, 32, 32], [1, 96, 64, 20], [2, 128, 90, 32], [1, 0, 130, 1]])
+    first = torch.zeros(len(tiles), heads, dtype=torch.int64)
+    first[3, 1:] = 96
+    slopes, scale = alibi_slopes(heads, bias_max), head_dim**-0.5
+    for start in (None, first):
+        found, untouched = torch.full((200, heads, head_dim), 7.0), torch.ones(200, dtype=torch.bool)
+        attend_tiles(q, cache, tiles, start, slopes, scale, found)
+        for i, (slot, at, token, n) in enumerate(tiles.tolist()):
+            untouched[token : token + n] = False
+            for h in range(heads):
+                begin = int(start[i, h]) if start is not None else 0
+                keys, values = cache[:, slot, h, begin : at + n].double()
+                distance = torch.arange(begin, at + n) - torch.arange(at, at + n)[:, None]
+                scores = q[token : token + n, h].double() @ keys.T * scale + slopes[h].double() * distance
+                want = scores.masked_fill(distance > 0, -torch.inf).softmax(1) @ values
+                torch.testing.assert_close(found[token : token + n, h].double(), want, atol=2e-6, rtol=1e-5)
+        assert (found[untouched] == 7).all()
+
+
+def test_a_query_of_a_prompt_has_the_same_bits_alone_and_wherever_the_prompt_ends() -> None:
+    cache, q = random(2, 2, 3, 96, 64), random(64, 3, 64)
+    slopes = alibi_slopes(3, 8)
+
+    def found(*tiles: list[int]) -> Tensor:
+        out = torch.zeros_like(q)
+        attend_tiles(q, cache, torch.tensor(tiles), None, slopes, 0.125, out)
+        return out
+
+    together = found([1, 32, 0, 32], [0, 64, 32, 32])
+    assert torch.equal(found([0, 64, 32, 32])[32:], together[32:])
+    for n in (1, 7, 31):
+        assert torch.equal(found([0, 64, 32, n])[32 : 32 + n], together[32 : 32 + n])
 
 
 def test_keys_and_values_go_where_they_belong_and_nowhere_else() -> None:

@@ -47,9 +47,9 @@ class SlotAttention:
     """Attention on the CPU, in place on a SlotCache, with rows that do not depend on their neighbours.
 
     Decoding rows go through a kernel, or without it through batched matrix products, prompts through tiles of 32
-    queries that start at multiples of 32: what a row's bits depend on is then its own position, whatever else is in the
-    step, however a prompt is cut into chunks, and wherever a reused prefix ends. (Checked by tests; it holds
-    for head sizes that are multiples of 16, as all published ones are.)
+    queries that start at multiples of 32, in a kernel or in PyTorch's: what a row's bits depend on is then its own
+    position, whatever else is in the step, however a prompt is cut into chunks, and wherever a reused prefix ends.
+    (Checked by tests; it holds for head sizes that are multiples of 16, as all published ones are.)
 
     compiled: whether the kernels of cpu_kernels.py can be used.
     """
@@ -103,6 +103,15 @@ class _Rows:
     position: int
 
 
+class _Tile(NamedTuple):
+    """Up to 32 queries of a sequence: from position `start`, in the step from its number `token`, n of them."""
+
+    slot: int
+    start: int
+    token: int
+    n: int
+
+
 @dataclass(frozen=True)
 class _Tiles:
     """Prompt tiles that start at the same position; above WINDOWED_FROM keys, it is one tile.
@@ -127,15 +136,13 @@ class SlotPlan:
         self.scale, self.slopes = attention.config.scale, attention.slopes
         self.n_decodes, self.chunks = len(decodes), chunks
         self.rows = [] if attention.compiled else _grouped(attention, decodes)
-        alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}  # (slot, first token in the step, tokens)
+        tiles: list[_Tile] = []
         first = len(decodes)
         for chunk in chunks:
             for t in range(0, chunk.n, BLOCK):
-                start, slot = chunk.start + t, chunk.seq.slot
-                of = slot if start + BLOCK > windows.WINDOWED_FROM else -1
-                alike.setdefault((start, of), []).append((slot, first + t, min(BLOCK, chunk.n - t)))
+                tiles.append(_Tile(chunk.seq.slot, chunk.start + t, first + t, min(BLOCK, chunk.n - t)))
             first += chunk.n
-        self.tiles = [_tiles(start, tiles, attention.tile_bias(start)) for (start, _), tiles in alike.items()]
+        self.tiles = [] if attention.compiled else _alike(attention, tiles)
         # (slot, first block, blocks) that this step makes whole, where windows may ever be asked for.
         self.whole: list[tuple[int, int, int]] = []
         if attention.cache.max_tokens > windows.WINDOWED_FROM:
@@ -156,12 +163,12 @@ class SlotPlan:
         self.write_slots, self.write_positions = torch.tensor(slots), torch.tensor(positions)
         self.write_tokens = torch.tensor(tokens)
         self.compiled = attention.compiled
-        # (row, slot, position) of compiled rows with windows.
-        self.far = [
-            (i, row.seq.slot, row.position)
-            for i, row in enumerate(decodes)
-            if self.compiled and row.position >= windows.WINDOWED_FROM
-        ]
+        self.compiled_tiles = tiles if attention.compiled else []
+        self.tile_table = torch.tensor(tiles, dtype=torch.int64)
+        # What has windows of its own among compiled rows and tiles, each with its place among them.
+        rows = [_Tile(row.seq.slot, row.position, i, 1) for i, row in enumerate(decodes)]
+        self.far_rows = [(i, row) for i, row in enumerate(rows) if row.start >= windows.WINDOWED_FROM]
+        self.far_tiles = [(i, tile) for i, tile in enumerate(tiles) if tile.start + BLOCK > windows.WINDOWED_FROM]
 
     def __call__(self, layer: int, q: Tensor, kv: Tensor) -> Tensor:
         dtype, q, kv = q.dtype, q.float(), kv.float()
@@ -184,6 +191,9 @@ class SlotPlan:
             out = torch.zeros_like(q)
             if self.compiled and self.n_decodes:
                 out[: self.n_decodes] = self._compiled(layer, q[: self.n_decodes], k)
+            if self.compiled_tiles:
+                keys = self._first_keys(layer, len(self.compiled_tiles), self.far_tiles, q, k)
+                cpu_kernels.attend_tiles(q, cache, self.tile_table, keys, self.slopes, self.scale, out)
             for rows in self.rows:
                 out[rows.a : rows.b] = self._decode(layer, rows, q, k)
             for tiles in self.tiles:
@@ -192,22 +202,27 @@ class SlotPlan:
 
     def _compiled(self, layer: int, q: Tensor, k: Tensor) -> Tensor:
         """Return what all decoding rows see: q [n_decodes, H, D] -> the same shape."""
-        first = None
-        if self.far:
-            first = torch.zeros(q.shape[:2], dtype=torch.int64)
-            for i, slot, position in self.far:
-                for heads, key in self._windows(layer, slot, position, q[i : i + 1], k[i : i + 1]):
-                    first[i, heads] = key
         n = self.n_decodes
+        first = self._first_keys(layer, n, self.far_rows, q, k)
         at = self.write_slots[:n], self.write_positions[:n]
         return cpu_kernels.attend(q, self.cache[layer], *at, first, self.slopes, self.scale)
+
+    def _first_keys(self, layer: int, n: int, far: list[tuple[int, "_Tile"]], q: Tensor, k: Tensor) -> Tensor | None:
+        """Return the first key that each head of n rows or tiles reads, [n, H]; None where it is 0 for all."""
+        if not far:
+            return None
+        first = torch.zeros(n, q.shape[1], dtype=torch.int64)
+        for i, tile in far:
+            tokens = slice(tile.token, tile.token + tile.n)
+            first[i] = self._windows(layer, tile.slot, tile.start, q[tokens], k[tokens])
+        return first
 
     def _decode(self, layer: int, rows: _Rows, q: Tensor, k: Tensor) -> Tensor:
         n, (_, heads, head_dim), queries = rows.b - rows.a, q.shape, q[rows.a : rows.b]
         kv = self.cache[layer][:, rows.slot : rows.slot + n, :, : rows.n_keys].flatten(1, 2)
         if rows.n_keys <= windows.WINDOWED_FROM:
             return self._attend(kv, queries.reshape(-1, head_dim), rows.bias).view(n, heads, head_dim)
-        calls = self._windows(layer, rows.slot, rows.position, queries, k[rows.a : rows.b])
+        calls = windows.shared(self._windows(layer, rows.slot, rows.position, queries, k[rows.a : rows.b]))
         pieces = [self._attend(kv[:, h, first:], queries[0, h], rows.bias[h, first:]) for h, first in calls]
         return torch.cat(pieces)[None]
 
@@ -227,7 +242,7 @@ class SlotPlan:
         bias = tiles.bias.expand(len(slots), -1, -1, -1)
         calls = [(slice(None), 0)]
         if n_keys > windows.WINDOWED_FROM:
-            calls = self._windows(layer, slots[0], tiles.start, q[tiles.tokens], k[tiles.tokens])
+            calls = windows.shared(self._windows(layer, slots[0], tiles.start, q[tiles.tokens], k[tiles.tokens]))
         pieces = [
             F.scaled_dot_product_attention(
                 queries[:, h],
@@ -240,7 +255,7 @@ class SlotPlan:
         ]
         return torch.cat(pieces, dim=1).transpose(1, 2).flatten(0, 1)[tiles.answers]
 
-    def _windows(self, layer: int, slot: int, start: int, q: Tensor, k: Tensor) -> list[tuple[slice, int]]:
+    def _windows(self, layer: int, slot: int, start: int, q: Tensor, k: Tensor) -> Tensor:
         k_norm = self.k_norms[layer, slot, start // BLOCK - 1]
         return windows.first_keys(q, k, k_norm, start, self.slopes, self.scale)
 
@@ -260,16 +275,25 @@ def _grouped(attention: SlotAttention, decodes: Seq[Row]) -> list[_Rows]:
     ]
 
 
-def _tiles(start: int, tiles: list[tuple[int, int, int]], bias: Tensor) -> _Tiles:
-    """Return tiles at `start`, given as (slot, first token in the step, tokens), as one group."""
+def _alike(attention: SlotAttention, tiles: list[_Tile]) -> list[_Tiles]:
+    """Return the tiles in groups for PyTorch's attention: those that start at the same position, or alone."""
+    groups: dict[tuple[int, int], list[_Tile]] = {}
+    for tile in tiles:
+        of = tile.slot if tile.start + BLOCK > windows.WINDOWED_FROM else -1
+        groups.setdefault((tile.start, of), []).append(tile)
+    return [_tiles(start, group, attention.tile_bias(start)) for (start, _), group in groups.items()]
+
+
+def _tiles(start: int, tiles: list[_Tile], bias: Tensor) -> _Tiles:
+    """Return tiles at `start` as one group."""
     queries: list[int] = []
     tokens: list[int] = []
     answers: list[int] = []
-    for slot_number, (_, first, n) in enumerate(tiles):
+    for slot_number, (_, _, first, n) in enumerate(tiles):
         queries += [first] * (BLOCK - n) + [first + i for i in reversed(range(n))]
         tokens += range(first, first + n)
         answers += [slot_number * BLOCK + BLOCK - 1 - i for i in range(n)]
-    slots = [slot for slot, _, _ in tiles]
+    slots = [tile.slot for tile in tiles]
     return _Tiles(start, slots, torch.tensor(queries), torch.tensor(tokens), torch.tensor(answers), bias)
 
 

@@ -43,6 +43,7 @@ typedef int8_t few __attribute__((vector_size(LANES)));
 #define ROWS16 12 /* rows that a panel is read for at once: as many as the registers hold sums of */
 #define ROWS8 12
 #define ROWS4 8
+#define COLUMNS 8 /* of a prompt's scores or outputs, for all queries of a tile */
 INLINE ints dot8(ints acc, bytes w, ints a) { return (ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
 #define dot4 dot8
 INLINE float sum(floats x) { return _mm512_reduce_add_ps((__m512)x); }
@@ -55,6 +56,7 @@ INLINE float largest_of(floats x) { return _mm512_reduce_max_ps((__m512)x); }
 #define ROWS16 2
 #define ROWS8 2
 #define ROWS4 2
+#define COLUMNS 2
 INLINE ints dot4(ints acc, bytes w, ints a) {
   __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)a);
   return acc + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
@@ -122,7 +124,7 @@ static void *buffer(int which, size_t size) {
   static __thread struct {
     void *at;
     size_t size;
-  } kept[5];
+  } kept[6];
   if (kept[which].size < size) {
     free(kept[which].at);
     kept[which].at = aligned_alloc(64, (size + 63) / 64 * 64);
@@ -435,6 +437,100 @@ int attend(int rows, int H, int D, int T, int n_slots, const float *q, int64_t q
       const float *keys = cache + ((size_t)slots[row] * H + h) * T * D, *values = keys + (size_t)n_slots * H * T * D;
       attend_one(D, q + row * q_stride + h * D, keys, values, first ? (int)first[i] : 0, n, slopes[h], scale, scores,
                  out + (size_t)i * D);
+    }
+  }
+  return failed;
+}
+
+/* Prompts go through attention in tiles of 32 queries, which are the lanes of vectors: a query's sums run over keys in
+   one order, whichever queries are beside it. Keys come in blocks of 32 (Milakov and Gimelshein, arXiv 1805.02867: a
+   running maximum, by which what was summed before is brought down). */
+#define TILE 32
+#define TURNS (TILE / LANES)
+typedef floats lanes[TURNS];
+
+/* sums[c] += rows[i][c] * x[i], for COLUMNS c and n rows of `stride` floats. */
+INLINE void add_products(const float *rows, int64_t stride, int64_t step, int n, const lanes *x, lanes *sums) {
+  lanes acc[COLUMNS];
+  for (int c = 0; c < COLUMNS; c++)
+    for (int t = 0; t < TURNS; t++) acc[c][t] = sums[c][t];
+  for (int i = 0; i < n; i++)
+    for (int c = 0; c < COLUMNS; c++)
+      for (int t = 0; t < TURNS; t++) acc[c][t] += rows[i * step + c * stride] * x[i][t];
+  for (int c = 0; c < COLUMNS; c++)
+    for (int t = 0; t < TURNS; t++) sums[c][t] = acc[c][t];
+}
+
+/* Queries q [n, D] at positions start … start + n - 1, `q_stride` floats apart, over keys and values [start + n, D] from
+   key `first` on: out [n, D], `out_stride` floats apart.  work: lanes [2 D + 32]. */
+INLINE void attend_tile(int D, int start, int n, const float *q, int64_t q_stride, const float *keys,
+                        const float *values, int first, float slope, float scale, lanes *work, float *out,
+                        int64_t out_stride) {
+  lanes *turned = work, *y = work + D, *scores = work + 2 * D, most, total;
+  ints position[TURNS] = {};
+  for (int t = 0; t < TURNS; t++) {
+    most[t] = all(-INFINITY), total[t] = (floats){};
+    for (int i = 0; i < LANES; i++) position[t][i] = start + t * LANES + i;
+  }
+  memset(work, 0, 2 * D * sizeof(lanes));
+  for (int i = 0; i < n; i++) /* row by row: rows a power of two apart push each other out of the cache */
+    for (int d = 0; d < D; d++) ((float *)turned)[d * TILE + i] = q[i * q_stride + d] * scale;
+  for (int from = first; from < start + n; from += TILE) {
+    const int count = start + n - from < TILE ? start + n - from : TILE;
+    lanes now, shrink;
+    int grew = 0;
+    memset(scores, 0, TILE * sizeof(lanes));
+    for (int k = 0; k < count; k += COLUMNS) /* perhaps some keys too many, which count for nothing */
+      add_products(keys + (size_t)(from + k) * D, D, 1, D, turned, scores + k);
+    for (int t = 0; t < TURNS; t++) now[t] = most[t];
+    for (int k = 0; k < count; k++)
+      for (int t = 0; t < TURNS; t++) {
+        ints away = from + k - position[t];
+        floats score = scores[k][t] + slope * __builtin_convertvector(away, floats);
+        scores[k][t] = pick(away > 0, all(-INFINITY), score);
+        now[t] = larger(scores[k][t], now[t]);
+      }
+    for (int t = 0; t < TURNS; t++) {
+      shrink[t] = exp_of(most[t] - now[t]);
+      total[t] *= shrink[t];
+      for (int i = 0; i < LANES; i++) grew |= now[t][i] > most[t][i];
+      most[t] = now[t];
+    }
+    for (int d = 0; d < D && grew; d++)
+      for (int t = 0; t < TURNS; t++) y[d][t] *= shrink[t];
+    for (int k = 0; k < count; k++)
+      for (int t = 0; t < TURNS; t++) {
+        scores[k][t] = exp_of(scores[k][t] - most[t]);
+        total[t] += scores[k][t];
+      }
+    for (int d = 0; d < D; d += COLUMNS) add_products(values + (size_t)from * D + d, 1, D, count, scores, y + d);
+  }
+  for (int d = 0; d < D; d++)
+    for (int t = 0; t < TURNS; t++) y[d][t] *= 1.0f / total[t];
+  for (int i = 0; i < n; i++)
+    for (int d = 0; d < D; d++) out[i * out_stride + d] = ((float *)y)[d * TILE + i];
+}
+
+/* Tiles of prompts: q [N, H, D] with q_stride floats from token to token, cache [2, slots, H, T, D] -> out [N, H, D].
+   tiles: [n_tiles, 4], slot, position of the first query, its token in the step, and how many queries.
+   first: [n_tiles, H], the first key that each reads, or NULL for all.  D: a multiple of 16. */
+int attend_tiles(int n_tiles, int H, int D, int T, int n_slots, const float *q, int64_t q_stride, const float *cache,
+                 const int64_t *tiles, const int64_t *first, const float *slopes, float scale, float *out) {
+  int failed = 0;
+#pragma omp parallel
+  {
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int i = 0; i < n_tiles * H; i++) {
+      const int64_t *tile = tiles + i / H * 4, token = tile[2];
+      const int h = i % H;
+      lanes *work = buffer(5, (2 * D + TILE) * sizeof(lanes));
+      if (!work) {
+        failed = 1;
+        continue;
+      }
+      const float *keys = cache + ((size_t)tile[0] * H + h) * T * D, *values = keys + (size_t)n_slots * H * T * D;
+      attend_tile(D, (int)tile[1], (int)tile[3], q + token * q_stride + h * D, q_stride, keys, values,
+                  first ? (int)first[i] : 0, slopes[h], scale, work, out + (token * H + h) * D, (int64_t)H * D);
     }
   }
   return failed;

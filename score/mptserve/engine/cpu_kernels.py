@@ -88,6 +88,7 @@ def _library() -> ctypes.CDLL:
     library.linear.argtypes = (*[number] * 4, *[pointer] * 3, real, *[pointer] * 4, number, pointer)
     library.store.argtypes = (*[number] * 5, pointer, large, *[pointer] * 4)
     library.attend.argtypes = (*[number] * 5, pointer, large, *[pointer] * 5, real, pointer)
+    library.attend_tiles.argtypes = (*[number] * 5, pointer, large, *[pointer] * 4, real, pointer)
     return library
 
 
@@ -286,6 +287,40 @@ def attend(
         out.data_ptr(),
     )
     return _done(failed, out)
+
+
+def attend_tiles(
+    q: Tensor,
+    cache: Tensor,
+    tiles: Tensor,
+    first: Tensor | None,
+    slopes: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Write to out [N, H, D] what the queries of prompts, q [N, H, D], see: ALiBi attention up to their own positions.
+
+    cache: [2, n_slots, H, T, D].  tiles: int64 [n, 4], slot, position of a tile's first query, its token in the step,
+    and how many queries (32, or fewer to a prompt's end).  first: int64 [n, H], the first key that a tile's head reads;
+    all from the first without. A query's bits depend on its position alone, if tiles start at multiples of 32.
+    """
+    _, n_slots, heads, n_tokens, head_dim = cache.shape
+    failed = _library().attend_tiles(
+        len(tiles),
+        heads,
+        head_dim,
+        n_tokens,
+        n_slots,
+        q.data_ptr(),
+        q.stride(0),
+        cache.data_ptr(),
+        tiles.data_ptr(),
+        _address(first),
+        slopes.data_ptr(),
+        scale,
+        out.data_ptr(),
+    )
+    _done(failed, out)
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -20,7 +20,8 @@ WINDOWED_FROM = 2048
 """Keys up to which everything is read: below, finding the window takes about as long as it saves."""
 
 _HEADS = 8
-"""Heads that share a window. Slopes fall from head to head, so neighbours are alike; fewer would idle the threads."""
+"""Heads that share a call of PyTorch's. Slopes fall from head to head, so neighbours are alike; fewer would idle the
+threads."""
 
 _NOTHING = 17.0
 """Nats: scores this far below another are gone in float32."""
@@ -38,24 +39,28 @@ def note_norms(running: Tensor, keys: Tensor, first_block: int) -> None:
     running[first_block : first_block + keys.shape[1] // BLOCK] = last[1:] if first_block else last
 
 
-def first_keys(
-    q: Tensor, k: Tensor, k_norm: Tensor, start: int, slopes: Tensor, scale: float
-) -> list[tuple[slice, int]]:
-    """Return (heads, first key) of the calls that attention needs for queries start … start + n - 1 of one block.
+def first_keys(q: Tensor, k: Tensor, k_norm: Tensor, start: int, slopes: Tensor, scale: float) -> Tensor:
+    """Return the first key that each head needs for queries start … start + n - 1 of one block, int64 [H].
 
     q, k: [n, H, D], the queries and their own keys.  k_norm: [H], the largest norm of keys before their block.
-    First keys are multiples of 32, and never beyond the block; one that is not a number is 0.
+    They are multiples of 32, and never beyond the block; 0 where something is not a number.
     """
     position = torch.arange(start, start + len(q), dtype=torch.float32)[:, None]
     above_own = (torch.linalg.vector_norm(q, dim=-1) * k_norm - (q * k).sum(-1)) * scale
     first = position - (above_own + (position + 1).log() + _NOTHING) / slopes
-    blocks = first.amin(0).div(BLOCK).floor().clamp(0, start // BLOCK).nan_to_num(0)
-    shared = F.pad(blocks, (0, -len(blocks) % _HEADS), value=torch.inf).view(-1, _HEADS).amin(1)
+    blocks: Tensor = first.amin(0).div(BLOCK).floor().clamp(0, start // BLOCK).nan_to_num(0)
+    return blocks.to(torch.int64) * BLOCK
+
+
+def shared(first: Tensor) -> list[tuple[slice, int]]:
+    """Return (heads, first key) of as few calls as are worth it, where a call has one first key: first [H]."""
+    far = 1 << 62
+    groups = F.pad(first, (0, -len(first) % _HEADS), value=far).view(-1, _HEADS).amin(1)
     found: list[tuple[slice, int]] = []
-    for i, block in enumerate(shared.tolist()):
-        heads, first_key = slice(i * _HEADS, (i + 1) * _HEADS), int(block) * BLOCK
-        if found and found[-1][1] == first_key:
-            found[-1] = (slice(found[-1][0].start, heads.stop), first_key)
+    for i, key in enumerate(groups.tolist()):
+        heads = slice(i * _HEADS, (i + 1) * _HEADS)
+        if found and found[-1][1] == key:
+            found[-1] = (slice(found[-1][0].start, heads.stop), key)
         else:
-            found.append((heads, first_key))
+            found.append((heads, key))
     return found
