@@ -58,9 +58,9 @@ def test_chat_takes_the_models_template(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_mistakes_are_one_line_on_standard_error(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--model", "mosaicml/mpt-7b", "--prompt", "x"]) == 1
+    assert main(["generate", "--model", "/models/mpt-7b", "--prompt", "x"]) == 1
     captured = capsys.readouterr()
-    assert captured.err == "mptserve: the model's folder 'mosaicml/mpt-7b' is not there, or is no folder\n"
+    assert captured.err == "mptserve: the model's folder '/models/mpt-7b' is not there, or is no folder\n"
     assert captured.out == ""
     assert main(["generate", "--model", str(EMBEDDED), "--prompt", "x", "--n-predict", "0"]) == 1
     assert "must be" in capsys.readouterr().err

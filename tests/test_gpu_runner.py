@@ -43,11 +43,12 @@ JOBS = [
     job(33, 4, temperature=1.2, top_k=7, repetition_penalty=1.3, max_new_tokens=12),
     job(1, 5, temperature=1.0, presence_penalty=1.0, frequency_penalty=0.5, max_new_tokens=1),
     job(64, 6, temperature=0.8, min_p=0.1, min_new_tokens=3),
+    job(9, 7, temperature=0.6, logit_bias=((4, 6.0), (9, -100.0))),
 ]
 
 
 def test_a_busy_batch_equals_the_cpu_engine(tiny: Tiny) -> None:
-    """Six sequences of different lengths and parameters over four rows: they join, leave and take over lanes."""
+    """Seven sequences of different lengths and parameters over four rows: they join, leave and take over lanes."""
     want = answers(make_engine(tiny.model), JOBS)
     assert answers(make_engine(tiny.model, kernels=True, max_rows=4, prefill_tokens=64), JOBS) == want
 

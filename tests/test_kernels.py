@@ -263,6 +263,10 @@ PARAMS = [
     SamplingParams(max_new_tokens=9, temperature=0.8, min_new_tokens=4, seed=(1 << 62) + 11),
     SamplingParams(max_new_tokens=9, temperature=2.0, top_p=0.05, seed=-12),
     SamplingParams(max_new_tokens=9, temperature=1e-3, seed=13),
+    SamplingParams(max_new_tokens=9, temperature=0.9, top_p=0.9, seed=14, logit_bias=((5, 4.0), (9, -100.0), (7, 9.5))),
+    SamplingParams(
+        max_new_tokens=9, temperature=0.0, repetition_penalty=1.5, min_new_tokens=4, logit_bias=((7, 100.0),)
+    ),
 ]
 
 

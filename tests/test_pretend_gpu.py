@@ -37,7 +37,7 @@ JOBS = [
     job(5, 1, temperature=0.0),
     job(40, 2, temperature=0.9, logprobs=2),
     job(33, 4, temperature=1.2, top_k=7, repetition_penalty=1.3),
-    job(64, 6, temperature=0.8, min_p=0.1, min_new_tokens=3),
+    job(64, 6, temperature=0.8, min_p=0.1, min_new_tokens=3, logit_bias=((4, 6.0),)),
 ]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptserve.errors import ScoringError, StartupError
+from mptserve.hub import fetch, is_hub_name
 from mptserve.settings import Settings, read_settings
 
 if TYPE_CHECKING:  # takes PyTorch, which other commands can do without
@@ -26,8 +27,9 @@ def add_arguments(command: argparse.ArgumentParser, model_dir: str) -> None:
         "--model",
         "--repo-id-or-model-path",  # the name in older INT4 examples
         default=model_dir,
-        help="checkpoint folder, the embedded model's when left out (no hub id: the published weights left it)",
+        help="checkpoint folder, or a mirror's OWNER/NAME on the Hugging Face Hub; left out: the embedded model",
     )
+    command.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     command.add_argument("--prompt", help="the text to continue; standard input when left out, or `-`")
     command.add_argument("--n-predict", type=int, default=32, help="most tokens to generate")
     command.add_argument("--quant", choices=("int8", "int4"), help="quantise the weights while loading (MPT_QUANT)")
@@ -70,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> Settings:
     """Return the environment's settings with what the command line says, for one sequence of any length."""
     settings = read_settings()
-    changes: dict[str, Any] = {"model_dir": str(Path(args.model).expanduser()), "deadline_ms": _DAY_MS}
+    folder = fetch(args.model, args.revision) if is_hub_name(args.model) else Path(args.model).expanduser()
+    changes: dict[str, Any] = {"model_dir": str(folder), "deadline_ms": _DAY_MS}
     changes |= {"max_rows": 1, "max_new_tokens": max(args.n_predict, settings.max_new_tokens)}
     if args.quant:
         changes["quant"] = args.quant

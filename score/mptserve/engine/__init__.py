@@ -19,7 +19,7 @@ from mptserve.engine.runner import Launched, StepRunner
 from mptserve.engine.sampling import Sampled
 from mptserve.engine.scheduler import Scheduler
 from mptserve.engine.sequence import Generation, SamplingParams, Sequence, Token, TokenQueue, TokenSink
-from mptserve.errors import ContextTooLong, GenerationFailed, InvalidRequest, QueueFull, ScoringError, Unavailable
+from mptserve.errors import ContextTooLong, GenerationFailed, QueueFull, ScoringError, Unavailable
 
 __all__ = [
     "Engine",
@@ -168,8 +168,6 @@ class MPTEngine:
             raise ContextTooLong(
                 f"{len(job.prompt)} prompt + {job.params.max_new_tokens} new tokens > {self.max_tokens}"
             )
-        if job.params.logit_bias and self.runner.overlaps:  # a GPU samples in its own kernels
-            raise InvalidRequest("`logit_bias` is computed on CPUs only so far", field="logit_bias")
         eos_ids = self.runner.model.config.eos_token_ids
         return Sequence(job.prompt, job.params, eos_ids, job.stop_check, job.deadline, self._finished, job.events)
 

@@ -621,11 +621,13 @@ def _logits(about, ids, mask, N_EOS: tl.constexpr):
 
     about: the row's pointers and parameters, in the order of the next line.
     """
-    row, counts, eos, barred, penalised, temperature, repetition, presence, frequency = about
+    row, counts, biases, eos, barred, biased, penalised, temperature, repetition, presence, frequency = about
     x = tl.load(row + ids, mask=mask, other=-float("inf")).to(tl.float32)
     if barred:
         for e in tl.static_range(N_EOS):
             x = tl.where(ids == tl.load(eos + e), -float("inf"), x)
+    if biased:
+        x += tl.load(biases + ids, mask=mask, other=0.0)
     if penalised:
         count = tl.load(counts + ids, mask=mask, other=0)
         generated = (count % _IN_PROMPT).to(tl.float32)
@@ -690,6 +692,7 @@ def _sample(
     integers,
     numbers,
     all_counts,
+    all_biases,
     eos,
     rows,
     sampled,
@@ -701,17 +704,18 @@ def _sample(
     number = tl.program_id(0)
     lane = tl.load(rows + number).to(tl.int64)
     row = logits + number.to(tl.int64) * V
-    counts = all_counts + lane * V
+    counts, biases = all_counts + lane * V, all_biases + lane * V
     integers += lane
     numbers += lane
     n_out, seed = tl.load(integers + 2 * n_lanes), tl.load(integers + 3 * n_lanes)
     top_k, min_new = tl.load(integers + 4 * n_lanes), tl.load(integers + 5 * n_lanes)
-    penalised, barred = tl.load(integers + 6 * n_lanes) != 0, n_out < min_new
+    penalised, biased = tl.load(integers + 6 * n_lanes) != 0, tl.load(integers + 7 * n_lanes) != 0
+    barred = n_out < min_new
     asked, top_p, min_p = tl.load(numbers), tl.load(numbers + n_lanes), tl.load(numbers + 2 * n_lanes)
     repetition, presence = tl.load(numbers + 3 * n_lanes), tl.load(numbers + 4 * n_lanes)
     frequency = tl.load(numbers + 5 * n_lanes)
     temperature = tl.where(asked > 0, asked, 1.0)
-    about = (row, counts, eos, barred, penalised, temperature, repetition, presence, frequency)
+    about = (row, counts, biases, eos, barred, biased, penalised, temperature, repetition, presence, frequency)
 
     best, token, bad, mass = -float("inf"), 0, 0, 0.0
     for i in range(0, V, TILE):
@@ -793,6 +797,7 @@ def sample_rows(logits: Tensor, lanes: Lanes, rows: Tensor, eos_ids: Tensor, sam
         lanes.integers,
         lanes.numbers,
         lanes.counts,
+        lanes.biases,
         eos_ids,
         rows,
         sampled,

@@ -19,8 +19,9 @@ IN_PROMPT = 1 << 20
 @dataclass(frozen=True)
 class Lanes:
     """integers: [8, lanes] int64: last token, tokens in the cache, tokens generated, seed, top_k, min_new_tokens,
-    penalised (0 or 1).  numbers: [8, lanes] float32: temperature, top_p, min_p, repetition, presence and frequency
-    penalty.  counts: [lanes, V] int32: how often a token was generated, plus IN_PROMPT; kept where penalised.
+    penalised (0 or 1), biased (0 or 1).  numbers: [8, lanes] float32: temperature, top_p, min_p, repetition, presence
+    and frequency penalty.  counts: [lanes, V] int32: how often a token was generated, plus IN_PROMPT; kept where
+    penalised.  biases: [lanes, V] float32: what is added to the logits; kept where biased.
 
     The last lane belongs to nobody: rows that only fill a batch up name it.
     """
@@ -28,6 +29,7 @@ class Lanes:
     integers: Tensor
     numbers: Tensor
     counts: Tensor
+    biases: Tensor
 
     @property
     def token(self) -> Tensor:
@@ -52,6 +54,7 @@ def new_lanes(n_lanes: int, n_vocab: int, device: torch.device) -> Lanes:
         torch.zeros(8, n_lanes, dtype=torch.int64, device=device),
         torch.zeros(8, n_lanes, dtype=torch.float32, device=device),
         torch.zeros(n_lanes, n_vocab, dtype=torch.int32, device=device),
+        torch.zeros(n_lanes, n_vocab, dtype=torch.float32, device=device),
     )
 
 
@@ -68,12 +71,15 @@ def set_lanes(lanes: Lanes, states: Seq[LaneState]) -> None:
         seq, p = state.seq, state.seq.params
         penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         last = seq.token(seq.n_tokens - 1)
-        integers.append((last, state.n_cached, len(seq.out), p.seed, p.top_k, p.min_new_tokens, int(penalised), 0))
+        flags = int(penalised), int(bool(p.logit_bias))
+        integers.append((last, state.n_cached, len(seq.out), p.seed, p.top_k, p.min_new_tokens, *flags))
         numbers.append(
             (p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty, 0.0, 0.0)
         )
         if penalised:
             lanes.counts[state.lane] = upload(_counts(seq, lanes.counts.shape[1]), device)
+        if p.logit_bias:
+            lanes.biases[state.lane] = upload(_biases(seq, lanes.biases.shape[1]), device)
     which = upload(torch.tensor([state.lane for state in states]), device)
     lanes.integers[:, which] = upload(torch.tensor(integers), device).T
     lanes.numbers[:, which] = upload(torch.tensor(numbers, dtype=torch.float32), device).T
@@ -86,6 +92,7 @@ def fork_lane(lanes: Lanes, source: int, first: int, drafts: Tensor) -> None:
     lanes.integers[:, to] = lanes.integers[:, source, None]
     lanes.numbers[:, to] = lanes.numbers[:, source, None]
     lanes.counts[to] = lanes.counts[source]
+    lanes.biases[to] = lanes.biases[source]
     lanes.token[first + 1 : first + n + 1] = drafts
     lanes.integers[1:3, to] += after  # tokens in the cache, tokens generated
     behind, before = torch.tril_indices(n, n, device=device)  # lane first + 1 + behind has drawn draft `before`
@@ -97,6 +104,7 @@ def copy_lane(lanes: Lanes, source: int, to: int) -> None:
     lanes.integers[:, to] = lanes.integers[:, source]
     lanes.numbers[:, to] = lanes.numbers[:, source]
     lanes.counts[to] = lanes.counts[source]
+    lanes.biases[to] = lanes.biases[source]
 
 
 def _counts(seq: Sequence, n_vocab: int) -> Tensor:
@@ -104,3 +112,10 @@ def _counts(seq: Sequence, n_vocab: int) -> Tensor:
     in_prompt = torch.zeros(n_vocab, dtype=torch.bool)
     in_prompt[[t for t in seq.prompt if t < n_vocab]] = True
     return (counts[:n_vocab] + in_prompt * IN_PROMPT).to(torch.int32)
+
+
+def _biases(seq: Sequence, n_vocab: int) -> Tensor:
+    biases = torch.zeros(n_vocab)
+    for id, bias in seq.params.logit_bias:
+        biases[id] = bias
+    return biases
