@@ -33,6 +33,7 @@ def test_the_image_has_the_pins_of_the_conda_environment():
         "azureml-dataset-runtime",
         "azureml-inference-server-http",
         "gunicorn",
+        "huggingface-hub",
         "pyarrow",
         "pyyaml",
         "tqdm",
@@ -41,7 +42,16 @@ def test_the_image_has_the_pins_of_the_conda_environment():
     assert all(pin.startswith("==") for pin in found.values())
 
 
-WITHOUT = ["transformers", "accelerate", "flask", "werkzeug", "gunicorn", "azureml_inference_server_http", "yaml"]
+WITHOUT = [
+    "transformers",
+    "huggingface_hub",
+    "accelerate",
+    "flask",
+    "werkzeug",
+    "gunicorn",
+    "azureml_inference_server_http",
+    "yaml",
+]
 """What the image lacks, or has no right to rely on."""
 
 
