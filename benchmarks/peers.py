@@ -8,8 +8,8 @@ engines take turns, round by round, each in a process of its own; figures are me
 measured beside every round. All are greedy, and whoever computes in float32 must come to the tokens that
 `transformers` comes to, or the run ends.
 
-decode: rows * (N tokens) / (time of N + 1 tokens - time of 1), after prompts of 128 tokens.  prefill: 512 tokens until
-the first.  memory: of the process at its end.  Needs the peers: see contenders.py. The last line is one JSON object.
+decode: rows * (N tokens) / (time of N + 1 tokens - time of 1), after the prompts.  prefill: 512 tokens until the first.
+memory: of the process at its end.  Needs the peers: see contenders.py. The last line is one JSON object.
 """
 
 import argparse
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=("embedded", *SHAPES), default=["small", "wide"])
     parser.add_argument("--engines", nargs="+", help="name and dtype of each; all in memory at once")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="before decoding; fewer make it more exact")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one-by-one", action="store_true", help="hold one engine in memory at a time: no turns")
@@ -67,12 +68,12 @@ def main() -> None:
                     engines = {
                         key: Contender(MAKERS[key.split()[0]], folder, key.split()[1], greedy=True) for key in keys
                     }
-                    found |= measure(name, engines, args.rows, args.new_tokens, args.rounds)
+                    found |= measure(name, engines, args.rows, args.prompt_tokens, args.new_tokens, args.rounds)
     print(json.dumps({"cpu": cpu_name(), "torch": torch.__version__, "results": found}))
 
 
 def measure(
-    model: str, engines: dict[str, Contender], rows: list[int], n_new: int, rounds: int
+    model: str, engines: dict[str, Contender], rows: list[int], n_prompt: int, n_new: int, rounds: int
 ) -> dict[str, dict[str, float]]:
     """Print and return every engine's tokens per second, and the GB/s beside them."""
     check(engines)
@@ -82,8 +83,8 @@ def measure(
         beside.append(bandwidth())
         for key, engine in engines.items():
             for n in rows:
-                first = engine.seconds(n, 128, 1)
-                whole = engine.seconds(n, 128, n_new + 1)
+                first = engine.seconds(n, n_prompt, 1)
+                whole = engine.seconds(n, n_prompt, n_new + 1)
                 speeds[key].setdefault(f"decode {n}", []).append(n * n_new / max(whole - first, 1e-9))
             speeds[key].setdefault("prefill 512", []).append(512 / engine.seconds(1, 512, 1))
     medians = {key: {what: statistics.median(values) for what, values in own.items()} for key, own in speeds.items()}

@@ -163,7 +163,7 @@ class SlotPlan:
         self.write_slots, self.write_positions = torch.tensor(slots), torch.tensor(positions)
         self.write_tokens = torch.tensor(tokens)
         self.compiled = attention.compiled
-        self.compiled_tiles = tiles if attention.compiled else []
+        self.n_tiles = len(tiles) if attention.compiled else 0
         self.tile_table = torch.tensor(tiles, dtype=torch.int64)
         # What has windows of its own among compiled rows and tiles, each with its place among them.
         rows = [_Tile(row.seq.slot, row.position, i, 1) for i, row in enumerate(decodes)]
@@ -191,8 +191,8 @@ class SlotPlan:
             out = torch.zeros_like(q)
             if self.compiled and self.n_decodes:
                 out[: self.n_decodes] = self._compiled(layer, q[: self.n_decodes], k)
-            if self.compiled_tiles:
-                keys = self._first_keys(layer, len(self.compiled_tiles), self.far_tiles, q, k)
+            if self.n_tiles:
+                keys = self._first_keys(layer, self.n_tiles, self.far_tiles, q, k)
                 cpu_kernels.attend_tiles(q, cache, self.tile_table, keys, self.slopes, self.scale, out)
             for rows in self.rows:
                 out[rows.a : rows.b] = self._decode(layer, rows, q, k)
@@ -207,7 +207,7 @@ class SlotPlan:
         at = self.write_slots[:n], self.write_positions[:n]
         return cpu_kernels.attend(q, self.cache[layer], *at, first, self.slopes, self.scale)
 
-    def _first_keys(self, layer: int, n: int, far: list[tuple[int, "_Tile"]], q: Tensor, k: Tensor) -> Tensor | None:
+    def _first_keys(self, layer: int, n: int, far: list[tuple[int, _Tile]], q: Tensor, k: Tensor) -> Tensor | None:
         """Return the first key that each head of n rows or tiles reads, [n, H]; None where it is 0 for all."""
         if not far:
             return None

@@ -1,4 +1,4 @@
-/* Linear layers with weights in bfloat16, 8 or 4 bits, and attention of decoding rows, for x86 processors with AVX2 or more.
+/* Linear layers with weights in bfloat16, 8 or 4 bits, and attention, for x86 processors with AVX2 or more.
 
    Compiled by cpu_kernels.py on the machine that runs it; everything here is deterministic: what a row's output is
    depends on its input alone, not on the rows beside it and not on the number of threads.
@@ -449,14 +449,14 @@ int attend(int rows, int H, int D, int T, int n_slots, const float *q, int64_t q
 #define TURNS (TILE / LANES)
 typedef floats lanes[TURNS];
 
-/* sums[c] += rows[i][c] * x[i], for COLUMNS c and n rows of `stride` floats. */
-INLINE void add_products(const float *rows, int64_t stride, int64_t step, int n, const lanes *x, lanes *sums) {
+/* sums[c] += in[i * step + c * stride] * x[i] over n i, for COLUMNS c. */
+INLINE void add_products(const float *in, int64_t stride, int64_t step, int n, const lanes *x, lanes *sums) {
   lanes acc[COLUMNS];
   for (int c = 0; c < COLUMNS; c++)
     for (int t = 0; t < TURNS; t++) acc[c][t] = sums[c][t];
   for (int i = 0; i < n; i++)
     for (int c = 0; c < COLUMNS; c++)
-      for (int t = 0; t < TURNS; t++) acc[c][t] += rows[i * step + c * stride] * x[i][t];
+      for (int t = 0; t < TURNS; t++) acc[c][t] += in[i * step + c * stride] * x[i][t];
   for (int c = 0; c < COLUMNS; c++)
     for (int t = 0; t < TURNS; t++) sums[c][t] = acc[c][t];
 }
