@@ -81,7 +81,13 @@ def hub() -> Iterator[Hub]:
 
 def generate(hub: Hub, home: Path, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "mptserve.cli", "generate", "--prompt", "Once upon a time", "--n-predict", "6"]
-    ours = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "MPT_CPU_THREADS": "1", "MPT_KV_CACHE_GB": "0.05"}
+    ours = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "MPT_CPU_THREADS": "1",
+        "MPT_KV_CACHE_GB": "0.05",
+    }
     return subprocess.run(
         [*command, *args], env=os.environ | ours | environ, capture_output=True, text=True, check=False, timeout=120
     )
@@ -105,7 +111,7 @@ def test_mosaicmls_own_names_are_told_that_they_are_gone(hub: Hub, tmp_path: Pat
     assert "(MosaicML's own models left the hub: name a mirror)" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "offline"), [("nobody/nothing", ""), ("someone/mpt", "1")])
+@pytest.mark.parametrize(("name", "offline"), [("nobody/nothing", "0"), ("someone/mpt", "1")])
 def test_what_is_not_there_is_one_line_that_says_so(hub: Hub, tmp_path: Path, name: str, offline: str) -> None:
     done = generate(hub, tmp_path, "--model", name, HF_HUB_OFFLINE=offline)
     assert done.returncode == 1
