@@ -27,7 +27,7 @@ def add_arguments(command: argparse.ArgumentParser, model_dir: str) -> None:
         "--model",
         "--repo-id-or-model-path",  # the name in older INT4 examples
         default=model_dir,
-        help="checkpoint folder, or a mirror's OWNER/NAME on the hub; left out: AZUREML_MODEL_DIR or the embedded model",
+        help="checkpoint folder, or a mirror's OWNER/NAME on the hub; else AZUREML_MODEL_DIR, or the embedded model",
     )
     command.add_argument("--revision", help="branch, tag or commit of a model on the hub")
     command.add_argument("--prompt", help="the text to continue; standard input when left out, or `-`")
