@@ -143,8 +143,8 @@ def gumbel(seeds: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
 def gumbel_of(k: Tensor) -> Tensor:
     """Return the Gumbel noise, float32, of 24 random bits k (int64): -log(-log(u)) with u = (k + 1/2) / 2^24.
 
-    Above 2^23 float32 has no halves, and k + 1/2 is rounded to an even neighbour. For the largest k that is 2^24: u would
-    be 1 and the noise infinite, so u is limited to the largest float32 below 1.
+    Above 2^23 float32 has no halves, and k + 1/2 is rounded to an even neighbour. For the largest k that is 2^24: u
+    would be 1 and the noise infinite, so u is limited to the largest float32 below 1.
     """
     uniform = ((k.to(torch.float32) + 0.5) * 2.0**-24).clamp_max_(1 - 2.0**-24)
     return -(-uniform.log()).log()
