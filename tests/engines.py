@@ -125,8 +125,8 @@ def rounding(config: MPTConfig, expected: Tensor) -> float:
     """Return how far float32 logits [T, V] of a model may lie apart when sums are added up in another order.
 
     An addition rounds by up to 2^-24 of its sum, either way, so a sum of n terms is off by about sqrt(n) 2^-24 of its
-    size, and so is what follows from sums one behind the other, with the lengths of all of them as n. Both sides are off
-    by that (sqrt 2), and the worst of some ten thousand logits lies four deviations out.
+    size. The same holds for sums one behind the other, with their lengths added up as n. Both sides are off by that
+    (sqrt 2), and the worst of some ten thousand logits lies four deviations out.
     """
     in_a_layer = 3 * config.d_model + config.d_ff + config.head_dim + len(expected)
     n = config.n_layers * in_a_layer + config.d_model
