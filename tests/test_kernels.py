@@ -20,6 +20,7 @@ from mptserve.engine.sequence import BLOCK, SamplingParams, Sequence
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from mptserve.engine import kernels
+from races import ORDERS, ordered
 
 pytestmark = pytest.mark.long
 
@@ -74,6 +75,16 @@ class Store:
         lanes = torch.full((n,), lane, dtype=torch.int32, device=DEVICE)
         positions = torch.arange(start, start + n, dtype=torch.int32, device=DEVICE)
         self.cache.write(kv, lanes, positions)
+
+    def fill(self, lane: int, kv: torch.Tensor) -> None:
+        """Make kv [n, 2, H, D] the lane's history, as `write` would: a program for each token takes the interpreter
+        minutes."""
+        blocks = self.cache.table[lane, : -(-len(kv) // BLOCK)].long()
+        padded = F.pad(kv, (0, 0, 0, 0, 0, 0, 0, len(blocks) * BLOCK - len(kv)))
+        self.cache.kv[:, blocks] = padded.unflatten(0, (-1, BLOCK)).permute(2, 0, 3, 1, 4)
+        longest = kv[:, 0].float().square().sum(-1).amax(0)
+        self.cache.kmax.copy_(torch.maximum(self.cache.kmax, longest.view(torch.int32)))
+        self.lengths[lane], self.history[lane] = len(kv), kv
 
     def expected(self, q: torch.Tensor, kv: torch.Tensor, position: int) -> torch.Tensor:
         """Attention [T, H * D] in float64 of queries [T, H, D] from `position` on, over kv [S, 2, H, D]."""
@@ -182,6 +193,39 @@ def test_keys_that_cannot_matter_are_not_read_and_do_not_matter(n_splits: int) -
     close(got, want, TOLERANCE[torch.float32])
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="orders programs of Triton's interpreter")
+@pytest.mark.parametrize("n_splits", [2, 4])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_key_longer_than_all_before_does_not_move_the_window_of_its_own_step(order: str, n_splits: int) -> None:
+    """Splits that see different windows count keys twice or not at all.
+
+    The newest 60 keys and a row's own weigh alike, more than e^10 times as much as all others. One of the new keys is
+    ten times as long as any before: with its norm the windows would reach over all keys, without it over some 110.
+    """
+    n, store = 1000, Store([0, 0], 2, 16, torch.float32, room=1001)
+    store.cache.slopes.fill_(0.5)
+    for lane in range(2):
+        kv = store.random(n, 2)
+        kv[:, 0] *= 0.1
+        score = torch.arange(n, 0, -1.0) / 2 - 3  # the bias taken back
+        kv[:, 0, :, 0] = torch.where(score <= 27, score, -15.0)[:, None].to(DEVICE) / 2.5
+        store.fill(lane, kv)
+    qkv = store.random(2, 3)
+    qkv[:, 0] = 0
+    qkv[:, 0, :, 0] = 10.0
+    qkv[:, 1, :, 0] = -3 / 2.5
+    qkv[1, 1, :, 1] = 100.0  # row 1, lane 1
+    rows, positions = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), torch.tensor([n, n, 0], device=DEVICE)
+    parts = kernels.new_parts(2 * 2 * n_splits, 16, DEVICE, n_splits)
+    got = torch.empty(2, 32, device=DEVICE)
+    with ordered(order):
+        store.cache.decode(qkv[:, 0], qkv[:, 1:], rows, positions, parts, got)
+    want = [store.expected(qkv[i : i + 1, 0], torch.cat((store.history[i], qkv[i : i + 1, 1:])), n) for i in range(2)]
+    close(got, torch.cat(want), TOLERANCE[torch.float32])
+    longest = store.cache.kmax.view(torch.float32).sqrt()
+    close(longest, qkv[1, 1].double().norm(dim=-1), 1e-4)  # in the next step it counts
+
+
 @pytest.mark.slow
 def test_a_head_that_sees_everything_reads_everything() -> None:
     """Slopes of 2^-16 put no bound on 700 tokens."""
@@ -198,14 +242,8 @@ def test_decode_attention_at_65536_tokens(bias_max: float, poisoned: int) -> Non
     """Half of it is poisoned for slopes of 2^-4 and 2^-8, whose windows end after some 12,000 keys; 2^-16 sees all."""
     n = 65_535
     store = Store([0], 2, 32, torch.float32, room=n + 1, bias_max=bias_max)
-    kv = store.random(n, 2)
-    store.lengths, store.history = [n], [kv]
-    # Straight into the blocks, as write_kv would: a program for each token takes the interpreter minutes.
-    blocks = store.cache.table[0].long()
-    padded = F.pad(kv, (0, 0, 0, 0, 0, 0, 0, len(blocks) * BLOCK - n))
-    store.cache.kv[:, blocks] = padded.unflatten(0, (-1, BLOCK)).permute(2, 0, 3, 1, 4)
-    store.cache.kmax.copy_(kv[:, 0].square().sum(-1).amax(0).view(torch.int32))
-    store.cache.kv[:, blocks[: poisoned // BLOCK]] = torch.nan
+    store.fill(0, store.random(n, 2))
+    store.cache.kv[:, store.cache.table[0, : poisoned // BLOCK].long()] = torch.nan
     got, want = store.decode(8)
     close(got, want, TOLERANCE[torch.float32])
 
@@ -312,6 +350,7 @@ def test_the_padding_lane_stays_where_it_is() -> None:
     sampled = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
     kernels.sample_rows(torch.randn(3, 64, device=DEVICE), lanes, rows, torch.tensor([0], device=DEVICE), sampled)
     assert lanes.position.tolist() == [1, 0]
+    assert lanes.integers[:, 1].tolist() == [0] * 8  # several rows of a launch may read it
 
 
 @pytest.mark.slow

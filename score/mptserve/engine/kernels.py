@@ -3,7 +3,8 @@
 The kernels, with shape letters as in model.py, and M rows of a step (N of model.py, where few):
 
     write_kv           keys and values of prompt tokens into their blocks, in 8 bits if the cache is
-    decode_attention   one query per row over its blocks, the keys split between programs; writes the new key and value
+    decode_attention   one query per row over its blocks, the keys split between programs
+    combine            the splits' sums to one output; stores the row's own key and value
     prefill_attention  tiles of prompt queries over their blocks (FlashAttention, arXiv 2205.14135)
     linear             y = f(norm(x) Wᵀ + b) + residual for M <= 16, where reading W is all the time there is
     sample             logits to tokens with every parameter per row, without a sort; keeps each row's state
@@ -14,13 +15,19 @@ A row's state (position, last token, seed, ...) lives in a *lane*, a line of the
 Scores are kept in base 2: exp2 is the hardware's exponential, so queries and slopes are scaled by log2(e).
 
 **Exact windows.** ALiBi lowers the score of a key at distance u by slope * u, so for most heads distant keys cannot
-matter. With |q| and the largest key norm seen by the head, K, a distant key scores at most |q| K scale - slope * u; the
-row's own key scores s. Keys further than
+matter. With |q| and the largest norm of any key in the head's cache, K, a distant key scores at most |q| K scale -
+slope * u; the row's own key scores s. Keys further than
 
     W = (|q| K scale - s + ln(n) + 17) / slope
 
 together add less than e^-17 < 2^-24 of what the own key alone adds, which float32 cannot show. They are not read. With
 MPT-7B's slopes at 65,536 tokens that leaves about a twentieth of the keys, with StoryWriter's about a half.
+
+**Races.** The programs of a launch run in any order and at once, so none may read what another one writes. All splits
+of a row must find the same window, so K must not change while they run: decode_attention only reads the cache and K.
+combine, the launch after it, stores the row's key and value and raises K. The row needs neither before that, since it
+takes its own key and value from the step's projections. Rows that read each other's keys (the drafts of one sequence)
+have them stored, and their norms noted, by write_kv in a launch before.
 """
 
 from dataclasses import dataclass
@@ -69,9 +76,10 @@ def _first_key(n_keys, q_norm, own_score, kmax_bits, slope):
 @triton.jit
 def _note_norm(kmax, k):
     """Let the head's largest squared norm be at least k's; a key that is not a number must not widen every window."""
-    norm2 = tl.sum(k.to(tl.float32) * k.to(tl.float32), 0)
+    norm2 = tl.sum(k * k, 0)
     norm2 = tl.where(norm2 < float("inf"), norm2, 0.0)
-    tl.atomic_max(kmax, norm2.to(tl.int32, bitcast=True))
+    # Later launches read it, and the end of this one orders that: no fences.
+    tl.atomic_max(kmax, norm2.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -111,13 +119,13 @@ def _write_kv(
     source = kv + token.to(tl.int64) * kv_stride + head * D + d
     k = tl.load(source, mask=mask, other=0.0)
     v = tl.load(source + n_heads * D, mask=mask, other=0.0)
-    _note_norm(kmax + head, k)
-    _store_kv(k, v, cache, scales, place, half, d, mask, D, INT8)
+    _store_kv(k, v, cache, scales, kmax + head, place, half, d, mask, D, INT8)
 
 
 @triton.jit
-def _store_kv(k, v, cache, scales, place, half, d, mask, D: tl.constexpr, INT8: tl.constexpr):
-    """Store k and v [D] at token `place` of the cache; `half` tokens lie between keys and values."""
+def _store_kv(k, v, cache, scales, kmax, place, half, d, mask, D: tl.constexpr, INT8: tl.constexpr):
+    """Store k and v [D] at token `place` of the cache; `half` tokens lie between keys and values. Note k's norm."""
+    _note_norm(kmax, k.to(tl.float32))
     if INT8:
         k, k_scale = _quantised(k.to(tl.float32), mask)
         v, v_scale = _quantised(v.to(tl.float32), mask)
@@ -156,7 +164,7 @@ def _decode_attention(
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     half = tl.cast(half, tl.int64)
     lane = tl.load(rows + row).to(tl.int64)
-    n_keys = tl.load(positions + lane).to(tl.int32)  # keys in the cache; the row's own is not there yet
+    n_keys = tl.load(positions + lane).to(tl.int32)  # keys in the cache, without the row's own
     d = tl.arange(0, DP)
     mask = d < D
     query = tl.load(q + row.to(tl.int64) * q_stride + head * D + d, mask=mask, other=0.0).to(tl.float32)
@@ -174,11 +182,6 @@ def _decode_attention(
     end = tl.minimum(start + share, n_keys)
 
     v_own = tl.load(source + n_heads * D, mask=mask & (split == 0), other=0.0)
-    if split == 0:
-        block = tl.load(table + n_keys // _KV_BLOCK).to(tl.int64)
-        place = (block * n_heads + head) * _KV_BLOCK + n_keys % _KV_BLOCK
-        _store_kv(k_own, v_own, cache, scales, place, half, d, mask, D, INT8)
-        _note_norm(kmax + head, k_own)
     best, total = tl.where(split == 0, own, -float("inf")), tl.where(split == 0, 1.0, 0.0)
     out = v_own.to(tl.float32)
 
@@ -212,11 +215,39 @@ def _decode_attention(
 
 
 @triton.jit
-def _combine(part_out, part_max, part_sum, out, n_heads, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """Weigh the splits' partial sums by their maxima; the first split always has the row's own key."""
+def _combine(
+    part_out,
+    part_max,
+    part_sum,
+    out,
+    kv,
+    cache,
+    scales,
+    kmax,
+    table,
+    rows,
+    positions,
+    kv_stride,
+    table_stride,
+    half,
+    n_heads,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    INT8: tl.constexpr,
+):
+    """Weigh the splits' partial sums by their maxima; the first split always has the row's own key. Then store it."""
     row, head = tl.program_id(0), tl.program_id(1)
+    half = tl.cast(half, tl.int64)
     d, s = tl.arange(0, DP), tl.arange(0, SPLITS)
     mask = d < D
+    lane = tl.load(rows + row).to(tl.int64)
+    position = tl.load(positions + lane).to(tl.int32)
+    block = tl.load(table + lane * table_stride + position // _KV_BLOCK).to(tl.int64)
+    place = (block * n_heads + head) * _KV_BLOCK + position % _KV_BLOCK
+    source = kv + row.to(tl.int64) * kv_stride + head * D + d
+    k = tl.load(source, mask=mask, other=0.0)
+    v = tl.load(source + n_heads * D, mask=mask, other=0.0)
     part = (row * n_heads + head) * SPLITS + s
     best = tl.load(part_max + part)
     weight = tl.exp2(best - tl.max(best, 0))
@@ -224,6 +255,7 @@ def _combine(part_out, part_max, part_sum, out, n_heads, D: tl.constexpr, DP: tl
     x = tl.load(part_out + part[:, None].to(tl.int64) * D + d[None, :], mask=mask[None, :], other=0.0)
     x = tl.sum(x * weight[:, None], 0) / total
     tl.store(out + (row.to(tl.int64) * n_heads + head) * D + d, x, mask=mask)
+    _store_kv(k, v, cache, scales, kmax + head, place, half, d, mask, D, INT8)
 
 
 @triton.jit
@@ -340,7 +372,7 @@ class KernelCache:
 
         rows: [M] int32, the lane of each row.  positions: [lanes], the tokens in a lane's cache.
         """
-        n, heads, head_dim = q.shape
+        n, heads, _ = q.shape
         splits = parts.n_splits
         _decode_attention[(n, heads, splits)](
             q,
@@ -368,11 +400,17 @@ class KernelCache:
             parts.best,
             parts.total,
             out,
-            heads,
-            D=head_dim,
-            DP=self._shape["DP"],
+            kv,
+            self.kv,
+            self.scales,
+            self.kmax,
+            self.table,
+            rows,
+            positions,
+            kv_stride=kv.stride(0),
             SPLITS=splits,
             num_warps=4,
+            **self._shape,
         )
 
     def prefill(self, q: Tensor, kv: Tensor, tiles: Tensor, out: Tensor) -> None:
@@ -776,11 +814,12 @@ def _sample(
 
     tl.store(sampled + number * 2, token)
     tl.store(sampled + number * 2 + 1, tl.where(finite, 1, 0))
-    tl.store(integers, token)
-    moves = tl.where(lane < n_lanes - 1, 1, 0)  # the padding lane stays where it is
-    tl.store(integers + n_lanes, tl.load(integers + n_lanes) + moves)
-    tl.store(integers + 2 * n_lanes, n_out + 1)
-    if penalised:
+    # The padding lane stays as it is: several rows of a launch may read it. Any other lane is one program's.
+    moves = lane < n_lanes - 1
+    tl.store(integers, token, mask=moves)
+    tl.store(integers + n_lanes, tl.load(integers + n_lanes) + 1, mask=moves)
+    tl.store(integers + 2 * n_lanes, n_out + 1, mask=moves)
+    if penalised & moves:
         tl.store(counts + token, tl.load(counts + token) + 1)
 
 
