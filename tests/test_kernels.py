@@ -12,12 +12,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mptserve.engine import sampling
 from mptserve.engine.lanes import LaneState, new_lanes, set_lanes
 from mptserve.engine.model import alibi_slopes
 from mptserve.engine.sampling import sample
 from mptserve.engine.sequence import BLOCK, SamplingParams, Sequence
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+import triton
+import triton.language as tl
 
 from mptserve.engine import kernels
 from races import ORDERS, ordered
@@ -329,6 +333,30 @@ def test_sampling_draws_what_sampling_py_draws(n_vocab: int) -> None:
                 seq.seen[token.id] = True
                 seq.counts[token.id] += 1
     assert lanes.integers[2].tolist() == [8] * len(sequences) + [0]
+
+
+@triton.jit
+def _noise(bits, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, kernels._gumbel(tl.load(bits + i)))
+
+
+def test_noise_is_finite_at_the_ends_and_equals_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number k of 24 bits stands for u = (k + 1/2) / 2^24; float32 has no halves above 2^23, and no 1 - 2^-25."""
+    last = (1 << 24) - 1
+    numbers = [0, 1, (1 << 23) - 1, 1 << 23, (1 << 23) + 1, last - 2, last - 1, last]
+    below = [0, (1 << 40) - 1, 5, 1 << 39, 7, 0, (1 << 40) - 1, 1]  # the bits that do not count
+    bits = torch.tensor([(k << 40) + rest for k, rest in zip(numbers, below, strict=True)], dtype=torch.uint64)
+    bits = bits.view(torch.int64)
+    halves = [k + 0.5 if k < 1 << 23 else min(round(k + 0.5), last) for k in numbers]  # Python rounds to even too
+    want = [-math.log(-math.log(u / (1 << 24))) for u in halves]
+    got = torch.empty(len(numbers), device=DEVICE)
+    _noise[(1,)](bits.to(DEVICE), got, N=len(numbers))
+    assert got.isfinite().all()
+    assert got.tolist() == pytest.approx(want, rel=3e-7, abs=3e-7)  # two logarithms in float32
+    monkeypatch.setattr(sampling, "_mix", lambda x: x)
+    zero = torch.zeros((), dtype=torch.int64)
+    assert sampling.gumbel(bits, zero, zero).tolist() == pytest.approx(want, rel=3e-7, abs=3e-7)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, below Triton's interpreter

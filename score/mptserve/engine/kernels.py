@@ -690,6 +690,14 @@ def _mix(x):
 
 
 @triton.jit
+def _gumbel(bits):
+    """Return Gumbel noise, float32, from the high 24 of 64 random bits, as sampling.py does: finite for all of them."""
+    # From 2^23 on adding a half rounds to an even number. The last one would become 1, and its noise infinite.
+    uniform = (((bits >> 40) & 0xFFFFFF).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+    return -tl.log(-tl.log(tl.minimum(uniform, 1 - 5.9604644775390625e-08)))
+
+
+@triton.jit
 def _threshold(
     about,
     best,
@@ -805,8 +813,7 @@ def _sample(
             ids = i + tl.arange(0, TILE)
             x = _logits(about, ids, ids < V, N_EOS)
             bits = _mix(base + ids.to(tl.int64) * -7046029254386353131)
-            uniform = (((bits >> 40) & 0xFFFFFF).to(tl.float32) + 0.5) * 5.9604644775390625e-08
-            score = (x - best) - tl.log(-tl.log(uniform))
+            score = (x - best) + _gumbel(bits)
             keep = (_ordered(x) >= floor) & (tl.exp(x - best) >= min_p) & (ids < V)
             top, where = tl.max(tl.where(keep, score, -float("inf")), 0, return_indices=True)
             token = tl.where(top > highest, i + where, token)

@@ -132,6 +132,7 @@ def gumbel(seeds: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
     """
     x = _mix(_mix(seeds + steps * _GOLDEN) + ids * _GOLDEN)
     uniform = (((x >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    uniform.clamp_max_(1 - 2.0**-24)  # the last of them has rounded to 1, whose noise is infinite
     return -(-uniform.log()).log()
 
 
