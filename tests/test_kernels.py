@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engines import sequence
 from mptserve.engine import sampling
 from mptserve.engine.lanes import LaneState, new_lanes, set_lanes
 from mptserve.engine.model import alibi_slopes
@@ -353,6 +354,44 @@ def test_sampling_draws_what_sampling_py_draws(n_vocab: int) -> None:
                 seq.seen[token.id] = True
                 seq.counts[token.id] += 1
     assert lanes.integers[2].tolist() == [8] * len(sequences) + [0]
+
+
+@triton.jit
+def _least_kept(logits, mass_left_out, least, V: tl.constexpr, TILE: tl.constexpr):
+    about = (logits, logits, logits, logits, False, False, False, 1.0, 1.0, 0.0, 0.0)
+    everything = tl.full([], -(1 << 31), tl.int32)
+    best = tl.full([], 0.0, tl.float32)
+    tl.store(least, kernels._threshold(about, best, everything, tl.load(mass_left_out), 0, V, TILE, True))
+
+
+def test_a_top_p_close_to_1_leaves_out_the_tokens_that_it_should() -> None:
+    """Beside the one likely token float32 does not show what a token of 10^-9 adds, of which thousands are left out."""
+    top_p, n_vocab = 1 - 2.0**-18, 5000
+    logits = torch.full((n_vocab,), math.log(1e-9)) + torch.linspace(1, -1, n_vocab)
+    logits[3000] = 0.0
+    logits = logits[torch.randperm(n_vocab, generator=torch.Generator().manual_seed(0))]
+    p = logits.double().softmax(-1).sort(descending=True).values
+    want = int((p.cumsum(-1) - p < top_p).sum())
+    least = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    left_out = ((1 - top_p) * logits.double().exp().sum()).float().to(DEVICE)
+    _least_kept[(1,)](logits.to(DEVICE), left_out, least, V=n_vocab, TILE=4096)
+    bits = logits.view(torch.int32)
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    assert int((keys >= least.cpu()).sum()) == want
+
+
+def test_a_first_tile_without_any_token_leaves_the_mass_a_number() -> None:
+    sequences = [sequence([3], max_new_tokens=9, temperature=2.0, top_p=0.9, seed=i) for i in range(3)]
+    lanes = new_lanes(4, 4200, DEVICE)
+    set_lanes(lanes, [LaneState(lane, seq, 0) for lane, seq in enumerate(sequences)])
+    logits = torch.randn(3, 4200, generator=torch.Generator().manual_seed(1))
+    logits[:, :4096] = -math.inf
+    rows, sampled = torch.arange(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, 2, dtype=torch.int32)
+    sampled = sampled.to(DEVICE)
+    eos = torch.tensor([0], device=DEVICE)
+    kernels.sample_rows(logits.to(DEVICE), lanes, rows, eos, sampled)
+    want = sample(logits.clone(), sequences, eos.cpu())
+    assert sampled.tolist() == [[t.id, 1] for t in want.tokens]
 
 
 @triton.jit

@@ -709,16 +709,21 @@ def _threshold(
     about,
     best,
     floor,
-    target,
+    rest,
     N_EOS: tl.constexpr,
     V: tl.constexpr,
     TILE: tl.constexpr,
     MASS: tl.constexpr,
 ):
-    """Return the smallest key t such that tokens with keys over t weigh less than `target`.
+    """Return the smallest key t such that tokens with keys up to t weigh more than `rest`.
 
     A key is _ordered(logit), a weight 1, or with MASS exp(logit - best); tokens with keys below `floor` weigh nothing.
     Every pass over the vocabulary tries eight keys, so eleven find it among 2^32.
+
+    `rest` is what top_k and top_p leave out: V - top_k tokens, or (1 - top_p) of the mass. A sum has some 30 roundings
+    of 2^-24, so an error of up to 2^-19 of itself. From the least likely token up that is 2^-19 of what is left out;
+    from the most likely one down it would be 2^-19 of the mass, more than a top_p of 0.999999 leaves out. Counts are
+    exact up to 2^24 tokens.
     """
     low, high = tl.full([], -(1 << 31), tl.int64), _ordered(best).to(tl.int64)
     eighth = tl.arange(0, 8) + 1
@@ -732,8 +737,8 @@ def _threshold(
             key = _ordered(x)
             weight = tl.exp(x - best) if MASS else tl.where(ids < V, 1.0, 0.0)
             weight = tl.where(key >= floor, weight, 0.0)
-            weights += tl.sum(tl.where(key[None, :] > keys_tried[:, None], weight[None, :], 0.0), 1)
-        enough = weights < target
+            weights += tl.sum(tl.where(key[None, :] <= keys_tried[:, None], weight[None, :], 0.0), 1)
+        enough = weights > rest
         high = tl.min(tl.where(enough, tries, high), 0)
         low = tl.max(tl.where(enough, low, tries), 0)
     return high.to(tl.int32)
@@ -778,7 +783,8 @@ def _sample(
         top, where = tl.max(x, 0, return_indices=True)
         token = tl.where(top > best, i + where, token)
         new_best = tl.maximum(best, top)
-        mass = mass * tl.where(best == new_best, 1.0, tl.exp(best - new_best)) + tl.sum(tl.exp(x - new_best), 0)
+        safe = tl.where(new_best == -float("inf"), 0.0, new_best)  # -inf - -inf is not a number
+        mass = mass * tl.exp(best - safe) + tl.sum(tl.exp(x - safe), 0)
         best = new_best
     finite = (bad == 0) & (best > -float("inf")) & (best < float("inf"))
 
@@ -789,7 +795,7 @@ def _sample(
                 about,
                 best,
                 floor,
-                top_k.to(tl.float32),
+                (V - top_k).to(tl.float32),
                 N_EOS,
                 V,
                 TILE,
@@ -807,7 +813,7 @@ def _sample(
                     about,
                     best,
                     floor,
-                    top_p * mass,
+                    (1 - top_p) * mass,
                     N_EOS,
                     V,
                     TILE,
