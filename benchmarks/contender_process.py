@@ -10,6 +10,7 @@ requirements exclude ours need one. Requests and answers are lines of JSON on th
     <- {"memory_gb": …}                                   at its end
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
@@ -33,7 +34,7 @@ Generate = Callable[[list[list[int]], int, bool, OnToken], list[list[int]]]
 Make = Callable[[Path, str, bool], Generate]
 """(checkpoint folder; dtype or kind of quantised weights; greedy, or with temperature 0.5 and top_p 0.5)."""
 
-PACKAGES = ("torch", "transformers", "ctranslate2", "llama_cpp_python", "openvino", "openvino_genai", "nncf")
+PACKAGES = ("torch", "transformers", "ctranslate2", "llama-cpp-python", "openvino", "optimum-intel", "nncf")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Contender:
 
     In one process they would slow each other down even while they wait: OpenMP keeps a pool of threads for each, and
     lets them sleep between operations once the pools together outnumber the cores.
-    versions: of the packages that its process has loaded.
+    versions: of the packages that count here and that its interpreter has.
     """
 
     def __init__(
@@ -126,7 +127,7 @@ def contend(make: Make, folder: Path, dtype: str, greedy: bool) -> None:
         answers.flush()
 
     generate = make(folder, dtype, greedy)
-    send({"versions": {name: version(name) for name in PACKAGES if is_loaded(name)}})
+    send({"versions": versions()})
     for line in sys.stdin:
         if (job := json.loads(line)) is None:
             pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -146,12 +147,12 @@ def timed(generate: Generate, prompts: list[list[int]], n_new: int, use_cache: b
     return Run(seconds, tokens, moments)
 
 
-def version(package: str) -> str:
-    return importlib.metadata.version(package.replace("_", "-"))
-
-
-def is_loaded(package: str) -> bool:
-    return package.removesuffix("_python") in sys.modules
+def versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def apart(work: Callable[..., object], *args: object) -> None:

@@ -8,8 +8,10 @@ for this processor, which takes a quarter of an hour on two cores):
 OpenVINO's converter wants an older `transformers`, so it gets an environment of its own, in which none of this project
 is installed; see contender_openvino.py:
 
-    python -m venv /tmp/openvino && /tmp/openvino/bin/pip install "optimum-intel[openvino]" openvino-genai
+    python -m venv /tmp/openvino && /tmp/openvino/bin/pip install "optimum-intel[openvino]"
     python benchmarks/peers.py --python openvino=/tmp/openvino/bin/python
+
+torchvision, which comes with it, is not needed: uninstall it where it is of another build than torch.
 """
 
 import ctypes
