@@ -12,6 +12,7 @@ other tokens, with float32 weights, keys and values too.
 """
 
 import os
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -60,6 +61,8 @@ def by_openvino(folder: Path, dtype: str, greedy: bool) -> Generate:
 
 def convert_for_openvino(folder: Path, converted: Path, dtype: str) -> None:
     warnings.filterwarnings("ignore")  # of tracing
+    # Nothing is to be sent; and without a network each event starts a process and waits for it.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
 
     how: dict[str, Any] = {"load_in_8bit": False}
