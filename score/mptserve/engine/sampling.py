@@ -131,7 +131,7 @@ def gumbel(seeds: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
     The same bits of randomness on every device: integer arithmetic that wraps, then 24 bits to (0, 1).
     """
     x = _mix(_mix(seeds + steps * _GOLDEN) + ids * _GOLDEN)
-    uniform = (((x >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    uniform = ((((x >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24).clamp_max_(1 - 2.0**-24)
     return -(-uniform.log()).log()
 
 
