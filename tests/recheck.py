@@ -243,16 +243,17 @@ def busy(n: int) -> Iterator[None]:
 
 def under_load(port: int, asked: list[Ask], n_clients: int, n_busy: int) -> list[Answer]:
     """Return the answers to requests that `n_clients` make at once, in order."""
-
-    def one(one: Ask) -> Answer:
-        started = time.monotonic()
-        try:
-            return ask(port, one)
-        except (http.client.HTTPException, OSError) as exc:
-            return Answer(0, [], (started, time.monotonic()), problem=f"{type(exc).__name__}: {exc}")
-
     with busy(n_busy), ThreadPoolExecutor(n_clients) as clients:
-        return list(clients.map(one, asked))
+        return list(clients.map(lambda a: patiently(port, a), asked))
+
+
+def patiently(port: int, asked: Ask, whole: bool = False) -> Answer:
+    """Return what `ask` does; also where no answer comes."""
+    started = time.monotonic()
+    try:
+        return ask(port, asked, whole)
+    except (http.client.HTTPException, OSError) as exc:
+        return Answer(0, [], (started, time.monotonic()), problem=f"{type(exc).__name__}: {exc}")
 
 
 def recheck(
@@ -270,7 +271,9 @@ def recheck(
         record: dict[str, Any] = {"ask": dataclasses.asdict(a), "answer": dataclasses.asdict(answer)}
         found.counts[f"status {answer.status} {answer.problem}".strip()] += 1
         found.counts.update(c["reason"] for c in answer.choices)
-        if (other := again.get(a.number)) is not None:
+        if (other := again.get(a.number)) is not None and not other.complete:
+            found.counts[f"not answered again: status {other.status} {other.problem}".strip()] += 1
+        elif other is not None:
             if other.choices != answer.choices:
                 found.differences.append(_difference(a, answer, other))
                 record["again"] = dataclasses.asdict(other)
@@ -284,8 +287,8 @@ def recheck(
 
 def _alone(port: int, a: Ask, lone: bool) -> Answer:
     if lone:  # takes the only slot, so that nothing is remembered
-        post(port, {"prompt": [1], "max_tokens": 1}, path="/v1/completions")
-    return ask(port, a, whole=True)
+        patiently(port, Ask(-1, "/v1/completions", {"prompt": [1], "max_tokens": 1}))
+    return patiently(port, a, whole=True)
 
 
 def _difference(a: Ask, answer: Answer, again: Answer) -> str:
