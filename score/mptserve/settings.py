@@ -1,6 +1,6 @@
 """Every environment variable of the package, read once into a frozen dataclass.
 
-The README's table of settings is made from `FIELDS` below (docs.py).
+The table in docs/configuration.md is made from `FIELDS` below (tools/docs.py).
 """
 
 import dataclasses
