@@ -83,7 +83,7 @@ def test_a_page_has_the_outputs_and_not_the_settings_of_the_run(tmp_path: Path) 
     made.cells = [
         nbformat.v4.new_markdown_cell("# Title\n\nA [link](../README.md)."),
         nbformat.v4.new_code_cell("secret = 1"),
-        nbformat.v4.new_code_cell("print('```')\nsecret + later"),
+        nbformat.v4.new_code_cell("print('```', flush=True)\nprint('more')\nsecret + later"),
     ]
     nbformat.write(made, tmp_path / "made.ipynb")
     write("made", execute(tmp_path / "made.ipynb", "later = 2"), tmp_path / "pages")
@@ -91,7 +91,7 @@ def test_a_page_has_the_outputs_and_not_the_settings_of_the_run(tmp_path: Path) 
     assert page.startswith("# Title\n\n!!! note\n")
     assert "A [link](../../README.md)." in page
     assert "```python\nsecret = 1\n```" in page
-    assert '```` text title="Output"\n```\n````' in page
+    assert '```` text title="Output"\n```\nmore\n````' in page
     assert '``` text title="Output"\n3\n```' in page
     assert "later = 2" not in page
 

@@ -6,6 +6,7 @@ Those that need Azure run against the local Azure emulator (tests/local_azure), 
 """
 
 import base64
+import copy
 import os
 import re
 import sys
@@ -76,7 +77,7 @@ def write(name: str, cells: list[Any], folder: Path) -> None:
             parts.append(re.sub(r"\]\(\.\./", "](../../", cell.source))
             continue
         parts.append(_fence(cell.source, "python"))
-        for output in cell.outputs:
+        for output in _joined(cell.outputs):
             data = output.get("data", {})
             if "image/png" in data:
                 n_pictures += 1
@@ -92,6 +93,17 @@ def write(name: str, cells: list[Any], folder: Path) -> None:
     title, _, rest = parts[0].partition("\n")
     text = "\n\n".join([title, note, rest.strip(), *parts[1:]])
     (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+
+
+def _joined(outputs: list[Any]) -> list[Any]:
+    """Return a cell's outputs with what it printed in one piece: a stream of tokens comes as many."""
+    joined: list[Any] = []
+    for output in outputs:
+        if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
+            joined[-1].text += output.text
+        else:
+            joined.append(copy.deepcopy(output))
+    return joined
 
 
 def _fence(text: str, info: str) -> str:
