@@ -82,15 +82,15 @@ def test_a_page_has_the_outputs_and_not_the_settings_of_the_run(tmp_path: Path) 
     made = nbformat.v4.new_notebook()
     made.cells = [
         nbformat.v4.new_markdown_cell("# Title\n\nA [link](../README.md)."),
-        nbformat.v4.new_code_cell("secret = 1"),
-        nbformat.v4.new_code_cell("print('```', flush=True)\nprint('more')\nsecret + later"),
+        nbformat.v4.new_code_cell("import sys\nsecret = 1\nprint('a bar', file=sys.stderr)"),
+        nbformat.v4.new_code_cell("print('```', flush=True)\nprint('\\x1b[32mmore')\nsecret + later"),
     ]
     nbformat.write(made, tmp_path / "made.ipynb")
     write("made", execute(tmp_path / "made.ipynb", "later = 2"), tmp_path / "pages")
     page = (tmp_path / "pages" / "made.md").read_text(encoding="utf-8")
     assert page.startswith("# Title\n\n!!! note\n")
     assert "A [link](../../README.md)." in page
-    assert "```python\nsecret = 1\n```" in page
+    assert "file=sys.stderr)\n```\n\n````python\nprint" in page, "no output of the first cell"
     assert '```` text title="Output"\n```\nmore\n````' in page
     assert '``` text title="Output"\n3\n```' in page
     assert "later = 2" not in page

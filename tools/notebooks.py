@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "notebooks"
 TARGET = ROOT / "docs" / "notebooks"
 NEED_AZURE = ("online", "batch")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def main(names: list[str]) -> None:
@@ -86,8 +87,8 @@ def write(name: str, cells: list[Any], folder: Path) -> None:
                 parts.append(f"![Plot {n_pictures} of this notebook]({picture})")
             elif "text/html" in data:
                 parts.append(_table(data["text/html"]))
-            elif text := data.get("text/plain") or output.get("text"):
-                parts.append(_fence(text.rstrip("\n"), 'text title="Output"'))
+            elif text := _COLOUR.sub("", data.get("text/plain") or output.get("text") or "").strip("\n"):
+                parts.append(_fence(text, 'text title="Output"'))
     where = f"[`notebooks/{name}.ipynb`](../../notebooks/{name}.ipynb)"
     note = f"!!! note\n    This page is {where}, run when the documentation was built."
     title, _, rest = parts[0].partition("\n")
@@ -96,9 +97,14 @@ def write(name: str, cells: list[Any], folder: Path) -> None:
 
 
 def _joined(outputs: list[Any]) -> list[Any]:
-    """Return a cell's outputs with what it printed in one piece: a stream of tokens comes as many."""
+    """Return a cell's outputs with what it printed in one piece: a stream of tokens comes as many.
+
+    Without the standard error: progress bars and remarks of Azure's SDK.
+    """
     joined: list[Any] = []
     for output in outputs:
+        if output.output_type == "stream" and output.name == "stderr":
+            continue
         if joined and output.output_type == joined[-1].output_type == "stream" and output.name == joined[-1].name:
             joined[-1].text += output.text
         else:
