@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-ch
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo serve openai azure-local test test-long test-all check check-specs docs format bench clean
+.PHONY: help install demo serve openai azure-local test test-long test-cpus test-all check check-specs docs format bench clean
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -43,6 +43,9 @@ test: install ## The fast tests, in two minutes: CPU, offline
 
 test-long: install ## Real servers, browsers, batch jobs, and GPU kernels in an interpreter: five minutes more
 	@$(PYTEST) -m 'long and not slow and not gpu and not azure'
+
+test-cpus: install ## Kernels, quantization, model, sampling and engine as this processor and as lesser ones: five minutes
+	@$(BIN)/python tests/cpus.py -n 2
 
 test-all: install ## All of them, and the slow ones: half an hour
 	@$(PYTEST) -m 'not gpu and not azure'

@@ -1,19 +1,25 @@
-"""Ways to run MPT on a CPU, each in a process of its own so that they can take turns in one run.
+"""Ways to run MPT on a CPU, to take turns in one run, and the models and the bandwidth to measure them with.
 
-Peers other than `transformers` are no dependencies of the project: `pip install ctranslate2 llama-cpp-python gguf`
-brings them (the second is compiled, which takes a quarter of an hour on two cores).
+Peers other than `transformers` are no dependencies of the project. Two of them live beside it (llama.cpp is compiled
+for this processor, which takes a quarter of an hour on two cores):
+
+    .venv/bin/pip install ctranslate2 llama-cpp-python gguf
+
+OpenVINO's converter wants an older `transformers`, so it gets an environment of its own, in which none of this project
+is installed; see contender_openvino.py:
+
+    python -m venv /tmp/openvino && /tmp/openvino/bin/pip install "optimum-intel[openvino]"
+    python benchmarks/peers.py --python openvino=/tmp/openvino/bin/python
+
+torchvision, which comes with it, is not needed: uninstall it where it is of another build than torch.
 """
 
 import ctypes
 import json
-import multiprocessing
 import os
 import platform
-import resource
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +27,12 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from contender_process import Generate, OnToken, apart
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mptserve.engine import Job, SamplingParams
+from mptserve.bench import read_gbs
+from mptserve.engine import Job, SamplingParams, Sequence, Token
 from mptserve.engine.config import parse_config, read_config
 from mptserve.engine.memory import available_cores
 from mptserve.engine.quantized_checkpoint import SHARD_BYTES, write_shards
@@ -38,58 +46,6 @@ SHAPES = {
 }
 """small: 253 M parameters.  wide: MPT-7B's exact layer shapes, but four layers: 1.01 B parameters.  7b: all of it."""
 
-Generate = Callable[[list[list[int]], int, bool], list[list[int]]]
-"""(prompts, all of one length; new tokens of each, no fewer; with a KV cache) -> the new tokens."""
-Make = Callable[[Path, str, bool], Generate]
-"""(checkpoint folder; dtype or kind of quantised weights; greedy, or with temperature 0.5 and top_p 0.5)."""
-
-
-class Contender:
-    """Somebody who generates, in a process of its own.
-
-    In one process they would slow each other down even while they wait: OpenMP keeps a pool of threads for each, and
-    lets them sleep between operations once the pools together outnumber the cores.
-    """
-
-    def __init__(self, make: Make, folder: Path, dtype: str, *, greedy: bool = False) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=contend, args=(make, folder, dtype, greedy, theirs), daemon=True)
-        self._process.start()
-        theirs.close()  # so that its end is seen here
-        self._n_vocab = self._pipe.recv()
-
-    def seconds(self, rows: int, n_prompt: int, n_new: int, use_cache: bool = True) -> float:
-        """Return how long n_new tokens for each of `rows` prompts take; fresh ids, so that no prefix cache helps."""
-        return self.ask([torch.randint(2, self._n_vocab, (n_prompt,)).tolist() for _ in range(rows)], n_new, use_cache)[
-            0
-        ]
-
-    def ask(self, prompts: list[list[int]], n_new: int, use_cache: bool = True) -> tuple[float, list[list[int]]]:
-        """Return how long it took, and the tokens."""
-        self._pipe.send((prompts, n_new, use_cache))
-        answer: tuple[float, list[list[int]]] = self._pipe.recv()
-        return answer
-
-    def close(self) -> float:
-        """End the process; return the memory that it held at the end, in GB."""
-        self._pipe.send(None)
-        gigabytes: float = self._pipe.recv()
-        self._process.join()
-        return gigabytes
-
-
-def contend(make: Make, folder: Path, dtype: str, greedy: bool, pipe: Any) -> None:
-    """Load, then generate what the pipe asks for and answer with seconds and tokens, until it sends None."""
-    generate = make(folder, dtype, greedy)
-    pipe.send(read_config(folder).vocab_size)
-    while (job := pipe.recv()) is not None:
-        started = time.perf_counter()
-        tokens = generate(*job)
-        pipe.send((time.perf_counter() - started, tokens))
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    pipe.send(pages * resource.getpagesize() / 1e9)
-
 
 def by_engine(folder: Path, dtype: str, greedy: bool) -> Generate:
     """Return our engine. dtype: also int8 and int4."""
@@ -97,15 +53,25 @@ def by_engine(folder: Path, dtype: str, greedy: bool) -> Generate:
     options = EngineOptions(quant=dtype) if dtype in ("int8", "int4") else EngineOptions(dtype=dtype)
     engine = start_engine(folder, config, config.vocab_size, replace(options, kv_cache_gb=2))
 
-    def generate(prompts: list[list[int]], n_new: int, _: bool) -> list[list[int]]:
-        params = [
-            SamplingParams(max_new_tokens=n_new, temperature=0.0 if greedy else 0.5, top_p=0.5, ignore_eos=True, seed=i)
-            for i in range(len(prompts))
-        ]
-        running = engine.submit_all(Job(prompt, p) for prompt, p in zip(prompts, params, strict=True))
+    def generate(prompts: list[list[int]], n_new: int, _: bool, on_token: OnToken) -> list[list[int]]:
+        how = SamplingParams(n_new, temperature=0.0 if greedy else 0.5, top_p=0.5, ignore_eos=True)
+        running = engine.submit_all(
+            Job(prompt, replace(how, seed=row), events=_Row(row, on_token)) for row, prompt in enumerate(prompts)
+        )
         return [[token.id for token in generation.result().out] for generation in running]
 
     return generate
+
+
+class _Row:
+    """Where our engine's thread puts the tokens of one row."""
+
+    def __init__(self, row: int, on_token: OnToken) -> None:
+        self._row, self._on_token = row, on_token
+
+    def put(self, item: tuple[Sequence, Token | None]) -> None:
+        if item[1] is not None:
+            self._on_token(self._row)
 
 
 def by_transformers(folder: Path, dtype: str, greedy: bool, device: str = "cpu") -> Generate:
@@ -117,11 +83,27 @@ def by_transformers(folder: Path, dtype: str, greedy: bool, device: str = "cpu")
     model = loaded.to(device).eval()
     how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 0.5, "top_p": 0.5}
 
-    def generate(prompts: list[list[int]], n_new: int, use_cache: bool) -> list[list[int]]:
+    class Streamer(transformers.generation.streamers.BaseStreamer):  # type: ignore[misc]
+        """Is given the prompts, then the tokens of every step."""
+
+        def __init__(self, on_token: OnToken) -> None:
+            self._on_token, self._begun = on_token, False
+
+        def put(self, value: Tensor) -> None:
+            if self._begun:
+                for row in range(len(value)):
+                    self._on_token(row)
+            self._begun = True
+
+        def end(self) -> None:
+            pass
+
+    def generate(prompts: list[list[int]], n_new: int, use_cache: bool, on_token: OnToken) -> list[list[int]]:
         with torch.inference_mode():
             ids = torch.tensor(prompts, device=device)
             found = model.generate(
                 ids,
+                streamer=Streamer(on_token),
                 attention_mask=torch.ones_like(ids),
                 min_new_tokens=n_new,
                 max_new_tokens=n_new,
@@ -138,30 +120,42 @@ def by_transformers(folder: Path, dtype: str, greedy: bool, device: str = "cpu")
 def by_ctranslate2(folder: Path, dtype: str, greedy: bool) -> Generate:
     """Return CTranslate2. dtype: one of its compute types."""
     import ctranslate2
-    from ctranslate2.converters import transformers as loaders
 
     del greedy  # it always is: its sampler has no nucleus to compare with
-    # Its loader is registered under the name that MosaicML's own code had; that of `transformers` is spelled otherwise.
-    loaders._MODEL_LOADERS["MptConfig"] = loaders._MODEL_LOADERS["MPTConfig"]
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch) / "model"
-        loaders.TransformersConverter(str(folder)).convert(str(converted), quantization=dtype)
+        apart(convert_for_ctranslate2, folder, converted, dtype)
         vocabulary: list[str] = json.loads((converted / "vocabulary.json").read_text(encoding="utf-8"))
         generator = ctranslate2.Generator(
             str(converted), device="cpu", compute_type=dtype, inter_threads=1, intra_threads=available_cores()
         )
 
-    def generate(prompts: list[list[int]], n_new: int, _: bool) -> list[list[int]]:
+    def generate(prompts: list[list[int]], n_new: int, _: bool, on_token: OnToken) -> list[list[int]]:
+        def callback(step: Any) -> bool:
+            on_token(step.batch_id)
+            return False  # go on
+
         found = generator.generate_batch(
             [[vocabulary[id] for id in prompt] for prompt in prompts],
             max_length=n_new,
             min_length=n_new,
             sampling_topk=1,
             include_prompt_in_result=False,
+            callback=callback,
         )
         return [result.sequences_ids[0] for result in found]
 
     return generate
+
+
+def convert_for_ctranslate2(folder: Path, converted: Path, dtype: str) -> None:
+    import transformers
+    from ctranslate2.converters import transformers as loaders
+
+    transformers.utils.logging.disable_progress_bar()
+    # Its loader is registered under the name that MosaicML's own code had; that of `transformers` is spelled otherwise.
+    loaders._MODEL_LOADERS["MptConfig"] = loaders._MODEL_LOADERS["MPTConfig"]
+    loaders.TransformersConverter(str(folder)).convert(str(converted), quantization=dtype)
 
 
 def by_llama_cpp(folder: Path, dtype: str, greedy: bool) -> Generate:
@@ -174,7 +168,7 @@ def by_llama_cpp(folder: Path, dtype: str, greedy: bool) -> Generate:
     lib.llama_log_set(silent, ctypes.c_void_p(0))
     with tempfile.TemporaryDirectory() as scratch:
         plain, wanted = Path(scratch) / "f32.gguf", Path(scratch) / "wanted.gguf"
-        write_gguf(folder, plain)
+        apart(write_gguf, folder, plain)
         how = lib.llama_model_quantize_default_params()
         how.ftype = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}[dtype]
         if lib.llama_model_quantize(str(plain).encode(), str(wanted).encode(), ctypes.byref(how)):
@@ -203,15 +197,17 @@ def by_llama_cpp(folder: Path, dtype: str, greedy: bool) -> Generate:
         logits = [(ctypes.c_float * n_vocab).from_address(_address(lib.llama_get_logits_ith(context, i))) for i in rows]
         return [int(torch.frombuffer(row, dtype=torch.float32).argmax()) for row in logits]
 
-    def generate(prompts: list[list[int]], n_new: int, _: bool) -> list[list[int]]:
+    def generate(prompts: list[list[int]], n_new: int, _: bool, on_token: OnToken) -> list[list[int]]:
         lib.llama_memory_clear(lib.llama_get_memory(context), True)
         n_prompt = len(prompts[0])
-        last = step([(t, i, s, i + 1 == n_prompt) for s, p in enumerate(prompts) for i, t in enumerate(p)])
-        found = [[t] for t in last]
-        for n in range(n_prompt, n_prompt + n_new - 1):
-            last = step([(t, n, s, True) for s, t in enumerate(last)])
-            for out, token in zip(found, last, strict=True):
-                out.append(token)
+        tokens = [(t, i, s, i + 1 == n_prompt) for s, p in enumerate(prompts) for i, t in enumerate(p)]
+        found: list[list[int]] = [[] for _ in prompts]
+        for n in range(n_prompt, n_prompt + n_new):
+            last = step(tokens)
+            for row, token in enumerate(last):
+                found[row].append(token)
+                on_token(row)
+            tokens = [(t, n, s, True) for s, t in enumerate(last)]
         return found
 
     return generate
@@ -291,11 +287,11 @@ def cpu_name() -> str:
 
 
 def bandwidth() -> float:
-    """Return the GB/s at which all cores together read memory now: the best of three passes over 512 MB."""
-    memory = torch.ones(128 * 1024 * 1024)
-    best = 0.0
-    for _ in range(3):
-        started = time.perf_counter()
-        memory.sum()
-        best = max(best, memory.numel() * 4 / (time.perf_counter() - started) / 1e9)
-    return best
+    """Return the GB/s at which all cores together read memory now."""
+    return read_gbs(torch.device("cpu"))
+
+
+def cache_bytes() -> int:
+    """Return the size of the last cache before memory, as far as Linux tells; 0 otherwise."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((int(path.read_text().strip().removesuffix("K")) * 1024 for path in sizes), default=0)

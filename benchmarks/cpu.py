@@ -9,8 +9,8 @@ each in a process of its own; figures are medians, and the memory bandwidth is m
 shared machines change under a benchmark. "as shipped" is transformers with the checkpoint's own `use_cache: false`.
 bfloat16 is left out, unless asked for, where the CPU has no instructions for it: the engine then chooses float32 too.
 
-prefill: prompt tokens per second until the first token.  decode: (time of N + 1 tokens - time of 1) per token, after
-prompts of 128 tokens, all rows alive.  Both sampled with temperature 0.5 and top_p 0.5.
+prefill: prompt tokens per second until the first token, where no more are wanted.  decode: tokens per second while all
+rows decode, after prompts of 128 tokens.  Both sampled with temperature 0.5 and top_p 0.5.
 The last line is one JSON object.
 
 With --speculate, instead: one row with and without so many tokens guessed ahead (MPT_SPECULATE_TOKENS), in turns, by
@@ -34,7 +34,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from contenders import EMBEDDED, Contender, bandwidth, by_engine, by_transformers, cpu_name, write_random_model
+from contender_process import Contender
+from contenders import EMBEDDED, bandwidth, by_engine, by_transformers, cpu_name, write_random_model
 from tokenizers import Tokenizer
 
 from mptserve.engine import SamplingParams
@@ -119,7 +120,7 @@ def measure_model(name: str, dtype: str, rows: list[int], rounds: int) -> list[C
         config = read_config(folder)
         ours = Contender(by_engine, folder, dtype)
         theirs = Contender(by_transformers, folder, dtype)
-    n_new = 64 if name == "embedded" else 12
+    n_new = 64 if name == "embedded" else 16
     rounds = rounds if name == "embedded" else min(rounds, 2)
     weights_gb = config.n_parameters * (2 if dtype == "bfloat16" else 4) / 1e9
     print(f"\n{name}, {config.n_parameters / 1e6:,.0f} M parameters, {dtype} ({weights_gb:.2f} GB)")
@@ -147,8 +148,8 @@ def measure_prefill(ours: Contender, theirs: Contender, rounds: int) -> list[Cas
     speeds: dict[str, list[float]] = {"ours": [], "cached": [], "bandwidth": []}
     for _ in range(rounds):
         speeds["bandwidth"].append(bandwidth())
-        speeds["ours"].append(LONG_PROMPT / ours.seconds(1, LONG_PROMPT, 1))
-        speeds["cached"].append(LONG_PROMPT / theirs.seconds(1, LONG_PROMPT, 1))
+        speeds["ours"].append(LONG_PROMPT / ours.run(1, LONG_PROMPT, 1).first_s)
+        speeds["cached"].append(LONG_PROMPT / theirs.run(1, LONG_PROMPT, 1).first_s)
     median = {key: statistics.median(values) for key, values in speeds.items()}
     return [Case(f"prefill 1 x {LONG_PROMPT}", median["ours"], median["cached"], None, median["bandwidth"])]
 
@@ -160,10 +161,9 @@ def measure_case(ours: Contender, theirs: Contender, rows: int, n_new: int, roun
     beside: list[float] = []
 
     def run(name: str, who: Contender, n_new: int) -> None:
-        first = who.seconds(rows, PROMPT, 1, name != "shipped")
-        whole = who.seconds(rows, PROMPT, n_new + 1, name != "shipped")
-        prefill[name].append(rows * PROMPT / first)
-        decode[name].append(rows * n_new / max(whole - first, 1e-9))
+        use_cache = name != "shipped"
+        prefill[name].append(rows * PROMPT / who.run(rows, PROMPT, 1, use_cache).first_s)
+        decode[name].append(who.run(rows, PROMPT, n_new + 1, use_cache).decode_tok_s)
 
     for _ in range(rounds):
         beside.append(bandwidth())

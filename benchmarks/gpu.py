@@ -199,7 +199,7 @@ def measure_transformers(folder: Path, only: str) -> dict[str, float]:
     def run(rows: int, n_prompt: int, n_new: int, use_cache: bool) -> float:
         prompts = torch.randint(2, 50_000, (rows, n_prompt)).tolist()
         started = time.perf_counter()
-        generate(prompts, n_new, use_cache)
+        generate(prompts, n_new, use_cache, lambda _: None)
         torch.cuda.synchronize()
         return time.perf_counter() - started
 

@@ -1,30 +1,37 @@
-"""One linear layer of MPT-7B's on this CPU: our kernels in C beside PyTorch's operations.
+"""One linear layer of MPT-7B's on this CPU: our kernels in C beside PyTorch's float32 and what the machine can do.
 
     python benchmarks/layers.py [--outputs 16384] [--inputs 4096] [--rows 1 2 8 32 512] [--threads N]
 
-Milliseconds, the best of five passes over copies of the layer that together exceed the caches. The two take turns.
+Milliseconds, the best of five passes over copies of the layer that together exceed the caches; all take turns.
+PyTorch's: the weights in float32 by F.linear, and packed by oneDNN.  of the bandwidth: the bytes of the weights over
+the time, against what the cores read at best.  of the product: operations over the time, against the fastest product
+of two square float32 matrices; kernels that multiply 8-bit integers can exceed it.
 """
 
 import argparse
 import math
 import time
+from collections.abc import Callable
 
 import torch
-from contenders import bandwidth, cpu_name
+import torch.nn.functional as F
+from contenders import cpu_name
 from torch import Tensor
 
+from mptserve.bench import ceilings
 from mptserve.engine.cpu_kernels import CompiledLinear, why_no_cpu_kernels
 from mptserve.engine.memory import available_cores
-from mptserve.engine.model import Linear, PackedLinear, StepRows
+from mptserve.engine.model import PackedLinear
 from mptserve.engine.quantization import quantize
-from mptserve.engine.quantized import Int4Linear, Int8Linear
+from mptserve.engine.weights import Placement
 
-BYTES = {"bfloat16": 2.0, "int8": 1.0, "int4": 0.625}
+Layer = Callable[[Tensor], Tensor]
+
+BYTES = {"PyTorch, float32": 4.0, "oneDNN packed, float32": 4.0, "ours, bfloat16": 2.0}
+BYTES |= {"ours, int8": 1.0, "ours, int4": 0.625}
 COLD_BYTES = 256 << 20
 """More than a processor of two cores keeps in its caches."""
 PASSES = 5
-LONG = 32
-"""Rows from which PyTorch's 4-bit layers unpack their weights, as for long prompts."""
 
 
 def main() -> None:
@@ -37,51 +44,46 @@ def main() -> None:
     if reason := why_no_cpu_kernels():
         raise SystemExit(f"no kernels here: {reason}")
     torch.set_num_threads(args.threads)
-    print(f"{cpu_name()}, torch {torch.__version__}, {args.threads} threads, {bandwidth():.0f} GB/s beside\n")
-    print(f"| weights | rows | ours, ms | PyTorch's, ms | ratio | ours, GB/s |\n|---|{'---:|' * 5}")
+    found = ceilings(Placement(torch.device("cpu"), torch.float32, torch.float32))
+    gflops = found.matmul_tflops * 1e3
+    print(f"{cpu_name()}, torch {torch.__version__}, {args.threads} threads", end="")
+    print(f", reads {found.read_gbs:.1f} GB/s, multiplies {gflops:.0f} GFLOP/s in float32\n")
+    print("| rows | weights | ms | GB/s | GFLOP/s | of the bandwidth | of the product |\n|---:|---|" + "---:|" * 5)
     weight = torch.randn(args.outputs, args.inputs, dtype=torch.bfloat16).mul_(0.02)
-    for name in ("bfloat16", "int8", "int4"):
-        n_bytes = weight.numel() * BYTES[name]
-        copies = math.ceil(COLD_BYTES / n_bytes)
-        ours, theirs, rows = layers(name, weight, copies)
-        for n in args.rows:
-            rows.n_direct = max(n, 2) if n < LONG else 0
-            x = torch.randn(n, args.inputs)
-            twice = torch.cat((x, x)) if n == 1 else x  # theirs never runs alone (Linear.min_rows)
-            theirs_s, ours_s = best((theirs, ours), [twice, x])
-            print(
-                f"| {name} | {n} | {ours_s * 1e3:.2f} | {theirs_s * 1e3:.2f} | {theirs_s / ours_s:.1f} "
-                f"| {n_bytes / ours_s / 1e9:.1f} |",
-                flush=True,
-            )
+    contenders = {name: layers(name, weight) for name in BYTES}
+    for n in args.rows:
+        for name, seconds in best(contenders, torch.randn(n, args.inputs)).items():
+            gbs, speed = weight.numel() * BYTES[name] / seconds / 1e9, 2e-9 * n * weight.numel() / seconds
+            shares = f"{gbs / found.read_gbs:.0%} | {speed / gflops:.0%}"
+            print(f"| {n} | {name} | {seconds * 1e3:.2f} | {gbs:.1f} | {speed:.0f} | {shares} |", flush=True)
 
 
-def layers(name: str, weight: Tensor, copies: int) -> tuple[list[Linear], list[Linear], StepRows]:
-    """Return as many layers of ours and of PyTorch's; for bfloat16 weights theirs are float32, packed by oneDNN."""
-    rows = StepRows()
-    if name == "bfloat16":
-        return (
-            [CompiledLinear(weight) for _ in range(copies)],
-            [PackedLinear(weight.float()) for _ in range(copies)],
-            rows,
-        )
-    codes = quantize(weight, name)
-    theirs: list[Linear] = [
-        Int8Linear(codes) if name == "int8" else Int4Linear(codes, None, rows) for _ in range(copies)
-    ]
-    return [CompiledLinear(codes) for _ in range(copies)], theirs, rows
+def layers(name: str, weight: Tensor) -> list[Layer]:
+    """Return as many copies of a layer as no cache holds."""
+    copies = range(math.ceil(COLD_BYTES / (weight.numel() * BYTES[name])))
+    if name == "PyTorch, float32":
+        return [_plain(weight.float()) for _ in copies]
+    if name == "oneDNN packed, float32":
+        return [PackedLinear(weight.float()) for _ in copies]
+    kind = name.removeprefix("ours, ")
+    stored = weight if kind == "bfloat16" else quantize(weight, kind)
+    return [CompiledLinear(stored) for _ in copies]
 
 
-def best(contenders: tuple[list[Linear], ...], inputs: list[Tensor]) -> list[float]:
+def _plain(weight: Tensor) -> Layer:
+    return lambda x: F.linear(x, weight)
+
+
+def best(contenders: dict[str, list[Layer]], x: Tensor) -> dict[str, float]:
     """Return the seconds that one layer of each takes, the best of several passes over its copies."""
-    found = [float("inf")] * len(contenders)
+    found = dict.fromkeys(contenders, float("inf"))
     with torch.inference_mode():
         for _ in range(PASSES):
-            for i, (contender, x) in enumerate(zip(contenders, inputs, strict=True)):
+            for name, copies in contenders.items():
                 started = time.perf_counter()
-                for layer in contender:
+                for layer in copies:
                     layer(x)
-                found[i] = min(found[i], (time.perf_counter() - started) / len(contender))
+                found[name] = min(found[name], (time.perf_counter() - started) / len(copies))
     return found
 
 

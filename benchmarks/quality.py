@@ -22,12 +22,11 @@ from mptserve.engine import Job, SamplingParams
 from mptserve.engine.attention import Chunk, SlotAttention
 from mptserve.engine.checkpoint import WeightReader, find_checkpoint
 from mptserve.engine.config import MPTConfig, read_config
-from mptserve.engine.cpu_kernels import CompiledLinear
+from mptserve.engine.cpu_kernels import CompiledLinear, why_no_cpu_kernels
 from mptserve.engine.gptq import quantize_gptq, second_moment
 from mptserve.engine.kv_cache import SlotCache
-from mptserve.engine.model import MPT, Linear, StepRows
+from mptserve.engine.model import MPT, Linear
 from mptserve.engine.quantization import quantize
-from mptserve.engine.quantized import Int4Linear
 from mptserve.engine.quantized_checkpoint import write_quantized
 from mptserve.engine.sequence import Sequence
 from mptserve.engine.start import EngineOptions, start_engine
@@ -39,14 +38,11 @@ CPU = torch.device("cpu")
 START = "Once upon a time"
 OTHER_SEEDS = 1_000_000
 """From here on: of the text that is calibrated on."""
-WAYS: dict[str, tuple[Placement, bool]] = {
-    "bfloat16": (Placement(CPU, torch.bfloat16), False),
-    "int8": (Placement(CPU, torch.float32, kernels=True, quant="int8"), False),
-    "int4": (Placement(CPU, torch.float32, kernels=True, quant="int4"), False),
-    "int4 without kernels, long prompts": (Placement(CPU, torch.float32, quant="int4"), False),
-    "int4 without kernels, decoding": (Placement(CPU, torch.float32, quant="int4"), True),
+WAYS = {
+    "bfloat16": Placement(CPU, torch.bfloat16, kernels=True, bf16_weights=True),
+    "int8": Placement(CPU, torch.float32, kernels=True, quant="int8"),
+    "int4": Placement(CPU, torch.float32, kernels=True, quant="int4"),
 }
-"""name -> where and how, whether rows are computed as decoding ones"""
 
 
 def main() -> None:
@@ -74,19 +70,19 @@ def main() -> None:
         own = own_text(checkpoint.folder, config, tokenizer, most, width, OTHER_SEEDS)
         calibration = torch.tensor(own).view(-1, width)
     windows = [ids[i : i + width] for i in range(0, min(len(ids), args.tokens) - 1, width)]
-    exact = logits_of(load(checkpoint.folder, config, tokenizer, Placement(CPU, torch.float32)), windows, False)
+    exact = logits_of(load(checkpoint.folder, config, tokenizer, Placement(CPU, torch.float32)), windows)
     print(f"{sum(len(w) - 1 for w in windows)} predictions; perplexity in float32: {perplexity(exact, windows):.3f}\n")
     print(
         "| weights | logit error | KL, nats | same first token | perplexity | change |\n|---|---:|---:|---:|---:|---:|"
     )
-    for name, (place, direct) in WAYS.items():
-        print_row(name, exact, logits_of(load(checkpoint.folder, config, tokenizer, place), windows, direct), windows)
+    for name, place in WAYS.items():
+        print_row(name, exact, logits_of(load(checkpoint.folder, config, tokenizer, place), windows), windows)
     for n_tokens in args.calibration_tokens:
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "int4"
             write_quantized(checkpoint, folder, "int4", calibration=calibration[: n_tokens // width])
             stored = read_config(folder)
-            found = logits_of(load(folder, stored, tokenizer, WAYS["int4"][0]), windows, False)
+            found = logits_of(load(folder, stored, tokenizer, WAYS["int4"]), windows)
             print_row(f"int4, GPTQ on {stored.calibration_tokens:,} tokens", exact, found, windows)
     layer_errors()
 
@@ -112,17 +108,17 @@ def own_text(
     return ids
 
 
-def logits_of(model: MPT, windows: list[list[int]], direct: bool) -> list[Tensor]:
+def logits_of(model: MPT, windows: list[list[int]]) -> list[Tensor]:
     """Return float32 logits [T - 1, V] of each window: those that predict its second and later tokens."""
     found = []
     for ids in windows:
         cache = SlotCache(model.config, 64, 2, 2048)
-        attention = SlotAttention(model.config, cache)
+        attention = SlotAttention(model.config, cache, not why_no_cpu_kernels())
         seq = Sequence(ids, SamplingParams(max_new_tokens=1), (0,), None, None, lambda _: None, None)
         assert cache.acquire(seq)
         with torch.inference_mode():
             plan = attention.plan([], [Chunk(seq, 0, len(ids))])
-            hidden = model.hidden(torch.tensor(ids), plan, len(ids) if direct else 0)
+            hidden = model.hidden(torch.tensor(ids), plan)
             found.append(model.logits(hidden[:-1]))
     return found
 
@@ -165,8 +161,6 @@ def layer_errors() -> None:
         ("int8", lambda _: CompiledLinear(eight)),
         ("int4", lambda _: CompiledLinear(four)),
         ("int4, GPTQ on 16,384 rows", lambda moment: CompiledLinear(quantize_gptq(weight, moment))),
-        ("int4 without kernels, long prompts", lambda _: Int4Linear(four, None, StepRows())),
-        ("int4 without kernels, decoding", lambda _: Int4Linear(four, None, StepRows(64))),
     ]
     print("\n| random layer, 4096 inputs | plain input | with an outlier column | correlated |\n|---|---:|---:|---:|")
     with torch.inference_mode():

@@ -31,7 +31,7 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
         shape = {"D": head_dim, "DP": 128, "INT8": int8}
         yield kernels._write_kv, types | {"positions": "*i32"}, shape, 4, 3
         yield kernels._decode_attention, types, shape | {"SPLITS": 8, "KEYS": 64}, 4, 3
-        yield kernels._combine, types, {"D": head_dim, "DP": 128, "SPLITS": 8}, 4, 3
+        yield kernels._combine, types, shape | {"SPLITS": 8}, 4, 3
         tile = {"QUERIES": kernels.TILE, "KEYS": 64, "PRECISION": "tf32"}
         yield kernels._prefill_attention, types, shape | tile, 8, 2
     for rows, width in ((1, 256), (16, 128)):

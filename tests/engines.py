@@ -1,5 +1,6 @@
 """Engines on tiny random checkpoints, and what tests ask of them."""
 
+import math
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence
 from mptserve.engine.attention import Chunk, SlotAttention
 from mptserve.engine.checkpoint import WeightReader
-from mptserve.engine.config import parse_config
+from mptserve.engine.config import MPTConfig, parse_config
 from mptserve.engine.cpu_kernels import CompiledLinear, why_no_cpu_kernels
 from mptserve.engine.kv_cache import PagedCache, SlotCache
 from mptserve.engine.lookup import PromptLookup
@@ -20,11 +21,13 @@ from mptserve.engine.model import MPT
 from mptserve.engine.paged_attention import PagedAttention
 from mptserve.engine.runner import Runner
 from mptserve.engine.scheduler import Scheduler
-from mptserve.engine.weights import Placement, load_model
+from mptserve.engine.weights import Placement, choose_placement, load_model
+from mptserve.errors import BadSetting
 from tiny import write_checkpoint
 
 CPU = torch.device("cpu")
-COMPILED = pytest.param(True, id="compiled", marks=pytest.mark.skipif(bool(why_no_cpu_kernels()), reason="no kernels"))
+needs_kernels = pytest.mark.skipif(bool(why_no_cpu_kernels()), reason=f"no kernels in C: {why_no_cpu_kernels()}")
+COMPILED = pytest.param(True, id="compiled", marks=needs_kernels)
 EITHER = (pytest.param(False, id="plain"), COMPILED)
 """For `load_tiny`: with PyTorch's operations, and with our kernels."""
 
@@ -42,10 +45,18 @@ class Tiny:
 def load_tiny(
     folder: Path, raw: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0, compiled: bool = False
 ) -> Tiny:
-    """Write and load a tiny model; `compiled`: with bfloat16 weights, for the kernels in C to compute with."""
+    """Write and load a tiny model; `compiled`: with bfloat16 weights, for the kernels in C to compute with.
+
+    A bfloat16 model takes the product that a server takes on this processor.
+    """
     tensors = write_checkpoint(folder, raw, seed, torch.bfloat16 if compiled else torch.float32)
     config = parse_config(raw)
-    place = Placement(CPU, dtype, kernels=compiled, halves=compiled)
+    place = Placement(CPU, dtype, kernels=compiled, bf16_weights=compiled)
+    if dtype == torch.bfloat16:
+        try:
+            place = choose_placement("cpu", "bfloat16")
+        except BadSetting as exc:
+            pytest.skip(str(exc))
     return Tiny(raw, tensors, load_model(WeightReader(folder, config), config, place, 10**9), folder)
 
 
@@ -101,14 +112,25 @@ def all_logits(model: MPT, ids: list[int], cut_at: tuple[int, ...] = (), paged: 
         slots = SlotCache(config, 64, 2, 2048)
         attention = SlotAttention(config, slots, is_compiled(model))
         assert slots.acquire(seq)
-    runner, found = Runner(model, attention), []
+    found = []
     edges = (0, *cut_at, len(ids))
     with torch.inference_mode():
         for start, end in pairwise(edges):
             plan = attention.plan([], [Chunk(seq, start, end - start)])
-            hidden = model.hidden(runner._ids(ids[start:end]), plan)[: end - start]
-            found.append(model.logits(torch.cat((hidden, hidden)))[: end - start])
+            found.append(model.logits(model.hidden(torch.tensor(ids[start:end]), plan)))
     return torch.cat(found)
+
+
+def rounding(config: MPTConfig, expected: Tensor) -> float:
+    """Return how far float32 logits [T, V] of a model may lie apart when sums are added up in another order.
+
+    An addition rounds by up to 2^-24 of its sum, either way, so a sum of n terms is off by about sqrt(n) 2^-24 of its
+    size. The same holds for sums one behind the other, with their lengths added up as n. Both sides are off by that
+    (sqrt 2), and the worst of some ten thousand logits lies four deviations out.
+    """
+    in_a_layer = 3 * config.d_model + config.d_ff + config.head_dim + len(expected)
+    n = config.n_layers * in_a_layer + config.d_model
+    return 4 * math.sqrt(2 * n) * 2.0**-24 * expected.square().mean().sqrt().item()
 
 
 def generate(engine: MPTEngine, prompt: list[int], **params: Any) -> list[int]:

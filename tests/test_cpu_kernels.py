@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,28 +26,59 @@ from mptserve.engine.cpu_kernels import (
 )
 from mptserve.engine.model import Norm, alibi_slopes
 from mptserve.engine.quantization import GROUP, Quantized, dequantize, quantize
-from mptserve.engine.quantized import Int8Linear
+from mptserve.engine.quantization import pack as pack_4_bits
 from mptserve.engine.weights import choose_placement
+from mptserve.errors import BadSetting
 
 pytestmark = pytest.mark.skipif(bool(why_no_cpu_kernels()), reason=why_no_cpu_kernels())
 
 SHAPES = [(64, 64), (100, 96), (33, 32), (1, 64), (256, 1024)]
 
 
-@pytest.fixture(params=["native", "haswell"], scope="module", autouse=True)
+PROCESSORS = {
+    "native": ("-march=native",),
+    "AVX2": ("-march=x86-64-v3",),
+    "AVX2, products of bytes by plain C": ("-march=x86-64-v3", "-DPORTABLE_VNNI"),
+    "AVX2 with VNNI": ("-march=x86-64-v3", "-mavxvnni"),
+    "AVX-512 without VNNI": ("-march=x86-64-v4",),
+    "AVX-512 with VNNI": ("-march=cascadelake",),
+}
+NEEDED = {"-mavxvnni": "avx_vnni", "-march=x86-64-v4": "avx512bw", "-march=cascadelake": "avx512_vnni"}
+"""The flag in /proc/cpuinfo of a processor that can run what is compiled so."""
+
+
+def missing(flags: tuple[str, ...]) -> str:
+    """Return what this processor lacks to run code compiled with `flags`, or ""."""
+    here = Path("/proc/cpuinfo").read_text().split()
+    return next((NEEDED[flag] for flag in flags if flag in NEEDED and NEEDED[flag] not in here), "")
+
+
+@pytest.fixture(params=[kind for kind, flags in PROCESSORS.items() if not missing(flags)], scope="module", autouse=True)
 def processor(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compile for this processor, and for one that has AVX2 and nothing later."""
+    """Compile for this processor, and for every kind that it can pretend to be."""
     forget()
     with pytest.MonkeyPatch.context() as patch:
-        flags = [f"-march={request.param}" if f.startswith("-march") else f for f in cpu_kernels._FLAGS]
-        patch.setattr(cpu_kernels, "_FLAGS", tuple(flags))
+        patch.setattr(cpu_kernels, "_FLAGS", with_march(PROCESSORS[request.param]))
         assert why_no_cpu_kernels() == ""
         yield
     forget()
 
 
+def with_march(flags: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f for f in cpu_kernels._FLAGS if not f.startswith("-march")) + flags
+
+
+@pytest.mark.parametrize("kind", [kind for kind, flags in PROCESSORS.items() if missing(flags)])
+def test_what_this_processor_cannot_run_is_compiled_without_a_warning(kind: str, tmp_path: Path) -> None:
+    gcc = shutil.which("gcc")
+    assert gcc
+    command = [gcc, *with_march(PROCESSORS[kind]), "-Wall", "-Wno-maybe-uninitialized", "-Werror"]
+    subprocess.run([*command, "-c", str(cpu_kernels._SOURCE), "-o", str(tmp_path / "kernels.o")], check=True)
+
+
 def forget() -> None:
     cpu_kernels._library.cache_clear()
+    cpu_kernels.layout.cache_clear()
     why_no_cpu_kernels.cache_clear()
 
 
@@ -110,11 +142,31 @@ def test_a_row_has_the_same_bits_in_every_company_and_on_any_threads(bits: int) 
         torch.set_num_threads(threads)
 
 
-def test_8_bit_products_are_the_integers_that_pytorch_computes() -> None:
-    codes, x = quantize(random(96, 160), "int8"), random(9, 160)
-    torch.testing.assert_close(CompiledLinear(codes)(x), Int8Linear(codes)(x), rtol=1e-2, atol=2e-2)
-    largest = Quantized(torch.full((64, 4096), -127, dtype=torch.int8), torch.ones(64))
-    assert (linear(torch.full((3, 4096), -5.0), pack(largest)) - 127 * 5.0 * 4096).abs().max() < 1
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_of_codes_are_exact_integers(bits: int) -> None:
+    """With scales of one, codes as inputs and zeros of zero, everything that a layer adds up is an integer."""
+    n_in, generator = 4096, torch.Generator().manual_seed(0)
+    lowest, highest = (-127, 127) if bits == 8 else (-8, 7)
+    codes = torch.randint(lowest, highest + 1, (40, n_in), generator=generator)
+    codes[0], codes[1] = lowest, highest
+    x = torch.randint(-127, 128, (7, n_in), generator=generator)
+    x[:, ::GROUP] = 127  # so that a step is one
+    x[0], x[1] = 127, -127
+    ones, zeros = torch.ones(40, n_in // GROUP).bfloat16(), torch.zeros(40, n_in // GROUP).bfloat16()
+    weight = (
+        Quantized(codes.to(torch.int8), torch.ones(40)) if bits == 8 else Quantized(pack_4_bits(codes + 8), ones, zeros)
+    )
+    found = linear(x.float(), pack(weight))
+    exact = (x @ codes.T).float() if bits == 8 else group_sums_in_float32(x, codes)
+    assert torch.equal(found, exact)
+
+
+def group_sums_in_float32(x: Tensor, codes: Tensor) -> Tensor:
+    """Return x @ codes.T with the exact sums of the groups added in float32, as 4-bit layers do."""
+    total = torch.zeros(len(x), len(codes))
+    for a, b in zip(x.split(GROUP, 1), codes.split(GROUP, 1), strict=True):
+        total += (a @ b.T).float()
+    return total
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -238,7 +290,7 @@ def test_the_library_is_compiled_once_and_kept_where_only_its_owner_writes(
 
 
 @pytest.mark.parametrize(
-    ("missing", "reason"),
+    ("lacking", "reason"),
     [
         ("gcc", "there is no gcc"),
         ("processor", "they are for x86 processors, not for aarch64"),
@@ -246,25 +298,26 @@ def test_the_library_is_compiled_once_and_kept_where_only_its_owner_writes(
         ("sense", "a kernel computed nonsense"),
     ],
 )
-def test_without_them_pytorch_computes_and_the_log_says_why(
-    missing: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_them_float32_computes_and_the_log_says_why(
+    lacking: str, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forget()
-    if missing == "gcc":
+    if lacking == "gcc":
         monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
-    elif missing == "processor":
+    elif lacking == "processor":
         monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    elif missing == "instructions":
-        flags = ["-march=x86-64" if f.startswith("-march") else f for f in cpu_kernels._FLAGS]
-        monkeypatch.setattr(cpu_kernels, "_FLAGS", tuple(flags))
+    elif lacking == "instructions":
+        monkeypatch.setattr(cpu_kernels, "_FLAGS", with_march(("-march=x86-64",)))
     else:
         monkeypatch.setattr(cpu_kernels, "linear", lambda x, weight: torch.full((len(x), weight.n_out), torch.nan))
     with caplog.at_level(logging.WARNING):
-        place = choose_placement("cpu", "auto", quant="int8")
+        place = choose_placement("cpu", "float32")
     assert not place.kernels
     (record,) = caplog.records
     assert record.getMessage().startswith("no compiled kernels")
     assert reason in record.getMessage()
+    with pytest.raises(BadSetting, match="MPT_QUANT int8 needs the kernels in C, which cannot run here: " + reason):
+        choose_placement("cpu", "float32", quant="int8")
     forget()
 
 
@@ -272,4 +325,3 @@ def test_groups_are_those_of_the_checkpoint() -> None:
     """The kernel has the number in its own words."""
     source = cpu_kernels._SOURCE.read_text(encoding="utf-8")
     assert f"#define GROUP {GROUP} " in source
-    assert f"#define PANEL {cpu_kernels.PANEL}\n" in source

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engines import CPU, all_logits, random_ids
+from engines import CPU, all_logits, needs_kernels, random_ids
 from mptserve.check.command import main as check
 from mptserve.cli import main
 from mptserve.engine.calibration import calibrated_weights
@@ -18,7 +18,6 @@ from mptserve.engine.checkpoint import Checkpoint, WeightReader
 from mptserve.engine.config import parse_config, read_config
 from mptserve.engine.gptq import quantize_gptq, second_moment
 from mptserve.engine.quantization import Quantized, dequantize, is_quantized, quantize
-from mptserve.engine.quantized import why_not_on_cpu
 from mptserve.engine.quantized_checkpoint import write_quantized
 from mptserve.engine.weights import Placement, load_model
 from mptserve.errors import BadWeights
@@ -26,7 +25,6 @@ from mptserve.launch import progress_line
 from tiny import tiny_config, write_checkpoint, write_weights
 
 EMBEDDED = Path(__file__).parent.parent / "samples" / "mpt-8m"
-needs_int4 = pytest.mark.skipif(bool(why_not_on_cpu("int4")), reason=why_not_on_cpu("int4"))
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +190,7 @@ def story(tmp_path: Path) -> Path:
     return path
 
 
-@needs_int4
+@needs_kernels
 def test_a_calibrated_checkpoint_loads_generates_and_says_what_it_is(
     story: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """The GPU's runner in Triton's interpreter: lanes, overlapping steps and kernels against the plain CPU engine."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
 from engines import Tiny, generate, guess, load_tiny, make_engine, random_ids
-from mptserve.engine import Job, MPTEngine, SamplingParams
+from mptserve.engine import Job, MPTEngine, SamplingParams, kernels, quant_kernels
 from mptserve.engine.gpu_linear import KernelLinear
 from mptserve.engine.model import MPT, Block, PackedLinear
+from mptserve.engine.quantization import quantize
+from races import ORDERS, ordered, watched
 from tiny import tiny_config, write_checkpoint
 
 pytestmark = [
@@ -94,6 +97,48 @@ def test_guesses_give_the_cpu_engines_tokens(tiny: Tiny, monkeypatch: pytest.Mon
     assert [[t.id for t in g.result().out] for g in (first, second)] == want
     engine.close()
     assert 0 < engine.stats().accepted_tokens < engine.stats().drafted_tokens
+
+
+def test_no_program_reads_what_another_one_of_its_launch_writes(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel, over prompts, rows that fill a batch up, drafts, an 8-bit cache and all kinds of weights."""
+    company = [job(40, 2), job(33, 4, repetition_penalty=1.3), *(job(5, i) for i in range(3))]
+    company = [Job(j.prompt, replace(j.params, max_new_tokens=3)) for j in company]
+    with watched() as seen:
+        answers(make_engine(tiny.model, kernels=True, max_rows=8, prefill_tokens=64, kv_dtype=torch.int8), company)
+        guess(monkeypatch, random_ids(6, 1), 2, every=2)
+        answers(make_engine(tiny.model, kernels=True, max_rows=2, speculate=6, kv_dtype=torch.int8), [job(20, 2)])
+        x, w = torch.randn(3, 128), torch.randn(40, 128)
+        kernels.linear(x, w, residual=torch.randn(3, 40))
+        for method in ("int8", "int4"):
+            weight = quantize(w, method)
+            quant_kernels.linear(x, weight, residual=torch.randn(3, 40))
+            quant_kernels.unpack(weight, 128, torch.float32)
+    assert seen.raced == set()
+    assert seen.written == {
+        "_write_kv": {"cache", "scales", "kmax"},
+        "_decode_attention": {"part_out", "part_max", "part_sum"},
+        "_combine": {"out", "cache", "scales", "kmax"},
+        "_prefill_attention": {"out"},
+        "_linear": {"y"},
+        "_quant_linear": {"y"},
+        "_unpack": {"out"},
+        "_sample": {"integers", "all_counts", "sampled"},
+    }
+    # Rows that fill a batch up share the first place of block 0, which nobody reads.
+    padding = {(kernel, name) for kernel in ("_write_kv", "_combine") for name in ("cache", "scales")}
+    assert seen.written_twice == padding
+
+
+@pytest.mark.parametrize("order", [o if o == "reversed" else pytest.param(o, marks=pytest.mark.slow) for o in ORDERS])
+def test_the_order_of_programs_changes_no_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    """Mixed steps, rows that fill a batch up, then drafts."""
+    company, alone = [JOBS[i] for i in (0, 2, 5)], job(20, 3, temperature=0.9, max_new_tokens=8)
+    want = answers(make_engine(tiny.model), company), answers(make_engine(tiny.model), [alone])
+    guess(monkeypatch, want[1][0], 2, every=2)
+    with ordered(order):
+        together = answers(make_engine(tiny.model, kernels=True, max_rows=8, prefill_tokens=64), company)
+        drafted = answers(make_engine(tiny.model, kernels=True, max_rows=2, speculate=3), [alone])
+    assert (together, drafted) == want
 
 
 def test_a_token_drawn_after_the_end_is_thrown_away(tiny: Tiny) -> None:

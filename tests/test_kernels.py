@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engines import sequence
+from mptserve.engine import sampling
 from mptserve.engine.lanes import LaneState, new_lanes, set_lanes
 from mptserve.engine.model import alibi_slopes
 from mptserve.engine.sampling import sample
@@ -19,7 +21,11 @@ from mptserve.engine.sequence import BLOCK, SamplingParams, Sequence
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
+import triton
+import triton.language as tl
+
 from mptserve.engine import kernels
+from races import ORDERS, ordered
 
 pytestmark = pytest.mark.long
 
@@ -74,6 +80,16 @@ class Store:
         lanes = torch.full((n,), lane, dtype=torch.int32, device=DEVICE)
         positions = torch.arange(start, start + n, dtype=torch.int32, device=DEVICE)
         self.cache.write(kv, lanes, positions)
+
+    def fill(self, lane: int, kv: torch.Tensor) -> None:
+        """Make kv [n, 2, H, D] the lane's history, as `write` would: a program for each token takes the interpreter
+        minutes."""
+        blocks = self.cache.table[lane, : -(-len(kv) // BLOCK)].long()
+        padded = F.pad(kv, (0, 0, 0, 0, 0, 0, 0, len(blocks) * BLOCK - len(kv)))
+        self.cache.kv[:, blocks] = padded.unflatten(0, (-1, BLOCK)).permute(2, 0, 3, 1, 4)
+        longest = kv[:, 0].float().square().sum(-1).amax(0)
+        self.cache.kmax.copy_(torch.maximum(self.cache.kmax, longest.view(torch.int32)))
+        self.lengths[lane], self.history[lane] = len(kv), kv
 
     def expected(self, q: torch.Tensor, kv: torch.Tensor, position: int) -> torch.Tensor:
         """Attention [T, H * D] in float64 of queries [T, H, D] from `position` on, over kv [S, 2, H, D]."""
@@ -171,6 +187,26 @@ def test_the_error_of_an_8_bit_cache_is_under_one_percent() -> None:
     assert 1e-3 < error < 1e-2
 
 
+def test_no_key_of_an_8_bit_cache_is_longer_than_its_head_knows() -> None:
+    """All numbers of these keys but the largest are rounded up, by half a step: 2.2 percent more of a norm."""
+    store = Store([0, 0], 2, 128, torch.float32, int8=True)
+    k = torch.full((1, 1, 2, 128), 11.501)
+    k[..., 5] = 127
+    kv = k.expand(2, 2, 2, 128).contiguous().to(DEVICE)
+    norms = []
+    store.write(0, kv[:1], 0)
+    norms.append(store.cache.kmax.view(torch.float32).sqrt())
+    store.cache.kmax.zero_()
+    rows, positions = torch.tensor([1], dtype=torch.int32, device=DEVICE), torch.tensor([0, 0, 0], device=DEVICE)
+    out = torch.empty(1, 256, device=DEVICE)
+    store.cache.decode(kv[:1, 0], kv[:1], rows, positions, kernels.new_parts(2, 128, DEVICE), out)
+    norms.append(store.cache.kmax.view(torch.float32).sqrt())
+    for lane, norm in enumerate(norms):
+        block = int(store.cache.table[lane, 0])
+        stored = store.cache.kv[0, block, :, 0].double().norm(dim=-1) * store.cache.scales[0, block, :, 0]
+        assert ((norm >= stored * (1 - 1e-6)) & (norm <= stored * (1 + 1e-6))).all()
+
+
 @pytest.mark.parametrize("n_splits", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_keys_that_cannot_matter_are_not_read_and_do_not_matter(n_splits: int) -> None:
     """The far past is poisoned: a head that read it would answer NaN. Its bound says that it need not."""
@@ -180,6 +216,39 @@ def test_keys_that_cannot_matter_are_not_read_and_do_not_matter(n_splits: int) -
         store.cache.kv[:, block] = torch.nan
     got, want = store.decode(n_splits)
     close(got, want, TOLERANCE[torch.float32])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="orders programs of Triton's interpreter")
+@pytest.mark.parametrize("n_splits", [2, 4])
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_key_longer_than_all_before_does_not_move_the_window_of_its_own_step(order: str, n_splits: int) -> None:
+    """Splits that see different windows count keys twice or not at all.
+
+    The newest 60 keys and a row's own weigh alike, more than e^10 times as much as all others. One of the new keys is
+    ten times as long as any before: with its norm the windows would reach over all keys, without it over some 110.
+    """
+    n, store = 1000, Store([0, 0], 2, 16, torch.float32, room=1001)
+    store.cache.slopes.fill_(0.5)
+    for lane in range(2):
+        kv = store.random(n, 2)
+        kv[:, 0] *= 0.1
+        score = torch.arange(n, 0, -1.0) / 2 - 3  # the bias taken back
+        kv[:, 0, :, 0] = torch.where(score <= 27, score, -15.0)[:, None].to(DEVICE) / 2.5
+        store.fill(lane, kv)
+    qkv = store.random(2, 3)
+    qkv[:, 0] = 0
+    qkv[:, 0, :, 0] = 10.0
+    qkv[:, 1, :, 0] = -3 / 2.5
+    qkv[1, 1, :, 1] = 100.0  # row 1, lane 1
+    rows, positions = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), torch.tensor([n, n, 0], device=DEVICE)
+    parts = kernels.new_parts(2 * 2 * n_splits, 16, DEVICE, n_splits)
+    got = torch.empty(2, 32, device=DEVICE)
+    with ordered(order):
+        store.cache.decode(qkv[:, 0], qkv[:, 1:], rows, positions, parts, got)
+    want = [store.expected(qkv[i : i + 1, 0], torch.cat((store.history[i], qkv[i : i + 1, 1:])), n) for i in range(2)]
+    close(got, torch.cat(want), TOLERANCE[torch.float32])
+    longest = store.cache.kmax.view(torch.float32).sqrt()
+    close(longest, qkv[1, 1].double().norm(dim=-1), 1e-4)  # in the next step it counts
 
 
 @pytest.mark.slow
@@ -198,14 +267,8 @@ def test_decode_attention_at_65536_tokens(bias_max: float, poisoned: int) -> Non
     """Half of it is poisoned for slopes of 2^-4 and 2^-8, whose windows end after some 12,000 keys; 2^-16 sees all."""
     n = 65_535
     store = Store([0], 2, 32, torch.float32, room=n + 1, bias_max=bias_max)
-    kv = store.random(n, 2)
-    store.lengths, store.history = [n], [kv]
-    # Straight into the blocks, as write_kv would: a program for each token takes the interpreter minutes.
-    blocks = store.cache.table[0].long()
-    padded = F.pad(kv, (0, 0, 0, 0, 0, 0, 0, len(blocks) * BLOCK - n))
-    store.cache.kv[:, blocks] = padded.unflatten(0, (-1, BLOCK)).permute(2, 0, 3, 1, 4)
-    store.cache.kmax.copy_(kv[:, 0].square().sum(-1).amax(0).view(torch.int32))
-    store.cache.kv[:, blocks[: poisoned // BLOCK]] = torch.nan
+    store.fill(0, store.random(n, 2))
+    store.cache.kv[:, store.cache.table[0, : poisoned // BLOCK].long()] = torch.nan
     got, want = store.decode(8)
     close(got, want, TOLERANCE[torch.float32])
 
@@ -293,6 +356,68 @@ def test_sampling_draws_what_sampling_py_draws(n_vocab: int) -> None:
     assert lanes.integers[2].tolist() == [8] * len(sequences) + [0]
 
 
+@triton.jit
+def _least_kept(logits, mass_left_out, least, V: tl.constexpr, TILE: tl.constexpr):
+    about = (logits, logits, logits, logits, False, False, False, 1.0, 1.0, 0.0, 0.0)
+    everything = tl.full([], -(1 << 31), tl.int32)
+    best = tl.full([], 0.0, tl.float32)
+    tl.store(least, kernels._threshold(about, best, everything, tl.load(mass_left_out), 0, V, TILE, True))
+
+
+def test_a_top_p_close_to_1_leaves_out_the_tokens_that_it_should() -> None:
+    """Beside the one likely token float32 does not show what a token of 10^-9 adds, of which thousands are left out."""
+    top_p, n_vocab = 1 - 2.0**-18, 5000
+    logits = torch.full((n_vocab,), math.log(1e-9)) + torch.linspace(1, -1, n_vocab)
+    logits[3000] = 0.0
+    logits = logits[torch.randperm(n_vocab, generator=torch.Generator().manual_seed(0))]
+    p = logits.double().softmax(-1).sort(descending=True).values
+    want = int((p.cumsum(-1) - p < top_p).sum())
+    least = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    left_out = ((1 - top_p) * logits.double().exp().sum()).float().to(DEVICE)
+    _least_kept[(1,)](logits.to(DEVICE), left_out, least, V=n_vocab, TILE=4096)
+    bits = logits.view(torch.int32)
+    keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    assert int((keys >= least.cpu()).sum()) == want
+
+
+def test_a_first_tile_without_any_token_leaves_the_mass_a_number() -> None:
+    sequences = [sequence([3], max_new_tokens=9, temperature=2.0, top_p=0.9, seed=i) for i in range(3)]
+    lanes = new_lanes(4, 4200, DEVICE)
+    set_lanes(lanes, [LaneState(lane, seq, 0) for lane, seq in enumerate(sequences)])
+    logits = torch.randn(3, 4200, generator=torch.Generator().manual_seed(1))
+    logits[:, :4096] = -math.inf
+    rows, sampled = torch.arange(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, 2, dtype=torch.int32)
+    sampled = sampled.to(DEVICE)
+    eos = torch.tensor([0], device=DEVICE)
+    kernels.sample_rows(logits.to(DEVICE), lanes, rows, eos, sampled)
+    want = sample(logits.clone(), sequences, eos.cpu())
+    assert sampled.tolist() == [[t.id, 1] for t in want.tokens]
+
+
+@triton.jit
+def _noise(bits, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out + i, kernels._gumbel(tl.load(bits + i)))
+
+
+def test_noise_is_finite_at_the_ends_and_equals_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number k of 24 bits stands for u = (k + 1/2) / 2^24; float32 has no halves above 2^23, and no 1 - 2^-25."""
+    last = (1 << 24) - 1
+    numbers = [0, 1, (1 << 23) - 1, 1 << 23, (1 << 23) + 1, last - 2, last - 1, last]
+    below = [0, (1 << 40) - 1, 5, 1 << 39, 7, 0, (1 << 40) - 1, 1]  # the bits that do not count
+    bits = torch.tensor([(k << 40) + rest for k, rest in zip(numbers, below, strict=True)], dtype=torch.uint64)
+    bits = bits.view(torch.int64)
+    halves = [k + 0.5 if k < 1 << 23 else min(round(k + 0.5), last) for k in numbers]  # Python rounds to even too
+    want = [-math.log(-math.log(u / (1 << 24))) for u in halves]
+    got = torch.empty(len(numbers), device=DEVICE)
+    _noise[(1,)](bits.to(DEVICE), got, N=len(numbers))
+    assert got.isfinite().all()
+    assert got.tolist() == pytest.approx(want, rel=3e-7, abs=3e-7)  # two logarithms in float32
+    monkeypatch.setattr(sampling, "_mix", lambda x: x)
+    zero = torch.zeros((), dtype=torch.int64)
+    assert sampling.gumbel(bits, zero, zero).tolist() == pytest.approx(want, rel=3e-7, abs=3e-7)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, below Triton's interpreter
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_are_reported(bad: float) -> None:
@@ -312,6 +437,7 @@ def test_the_padding_lane_stays_where_it_is() -> None:
     sampled = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
     kernels.sample_rows(torch.randn(3, 64, device=DEVICE), lanes, rows, torch.tensor([0], device=DEVICE), sampled)
     assert lanes.position.tolist() == [1, 0]
+    assert lanes.integers[:, 1].tolist() == [0] * 8  # several rows of a launch may read it
 
 
 @pytest.mark.slow

@@ -7,9 +7,8 @@ import pytest
 import torch
 from transformers import MptForCausalLM
 
-from engines import Tiny, all_logits, load_tiny, random_ids
+from engines import Tiny, all_logits, load_tiny, needs_kernels, random_ids, rounding
 from foundry import foundry_logits, slopes
-from mptserve.engine.cpu_kernels import why_no_cpu_kernels
 from mptserve.engine.model import alibi_slopes
 from tiny import tiny_config
 
@@ -36,9 +35,6 @@ ONLY_IN_FOUNDRY: dict[str, dict[str, Any]] = {
 }
 
 
-needs_kernels = pytest.mark.skipif(bool(why_no_cpu_kernels()), reason=why_no_cpu_kernels())
-
-
 def tiny(tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype = torch.float32) -> Tiny:
     return load_tiny(tmp_path, tiny_config(**changes), dtype)
 
@@ -51,8 +47,9 @@ def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any], page
     reference = MptForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0]
-    # float32 sums in another order: 1e-5 of logits that reach about 10
-    torch.testing.assert_close(all_logits(t.model, ids, paged=paged), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        all_logits(t.model, ids, paged=paged), expected, atol=rounding(t.model.config, expected), rtol=0
+    )
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
@@ -63,7 +60,9 @@ def test_logits_equal_foundrys_maths(tmp_path: Path, changes: dict[str, Any], pa
     t = tiny(tmp_path, changes)
     ids = random_ids(100, seed=2)
     expected = foundry_logits(t.raw, t.tensors, ids).float()
-    torch.testing.assert_close(all_logits(t.model, ids, paged=paged), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        all_logits(t.model, ids, paged=paged), expected, atol=rounding(t.model.config, expected), rtol=0
+    )
 
 
 @needs_kernels
@@ -76,7 +75,7 @@ def test_compiled_logits_equal_foundrys_maths(tmp_path: Path, changes: dict[str,
     ids = random_ids(100, seed=2)
     weights = {name: tensor.float() for name, tensor in t.tensors.items()}
     expected = foundry_logits(t.raw, weights, ids).float()
-    torch.testing.assert_close(all_logits(t.model, ids), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(all_logits(t.model, ids), expected, atol=rounding(t.model.config, expected), rtol=0)
 
 
 @pytest.mark.parametrize("changes", ONLY_IN_FOUNDRY.values(), ids=ONLY_IN_FOUNDRY)
@@ -112,7 +111,9 @@ def test_context_goes_beyond_max_seq_len(tmp_path: Path, paged: bool) -> None:
     t = tiny(tmp_path, {"max_seq_len": 64})
     ids = random_ids(300, seed=4)
     expected = foundry_logits(t.raw, t.tensors, ids).float()
-    torch.testing.assert_close(all_logits(t.model, ids, paged=paged), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        all_logits(t.model, ids, paged=paged), expected, atol=rounding(t.model.config, expected), rtol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engines import CPU, all_logits, random_ids
+from engines import CPU, all_logits, needs_kernels, random_ids
 from mptserve.cli import main
 from mptserve.engine.checkpoint import Checkpoint, WeightReader, weight_files
 from mptserve.engine.config import read_config
-from mptserve.engine.quantized import why_not_on_cpu
 from mptserve.engine.quantized_checkpoint import write_quantized
 from mptserve.engine.weights import Placement, load_model
 from mptserve.errors import BadWeights, UnsupportedModel
@@ -19,13 +18,15 @@ from tiny import tiny_config, write_checkpoint
 EMBEDDED = Path(__file__).parent.parent / "samples" / "mpt-8m"
 pytestmark = [
     pytest.mark.long,
-    *(pytest.mark.skipif(bool(why_not_on_cpu(m)), reason=why_not_on_cpu(m)) for m in ("int8", "int4")),
+    needs_kernels,
 ]
 
 
 def logits(folder: Path, method: str) -> torch.Tensor:
     config = read_config(folder)
-    model = load_model(WeightReader(folder, config), config, Placement(CPU, torch.float32, quant=method), 10**9)
+    model = load_model(
+        WeightReader(folder, config), config, Placement(CPU, torch.float32, kernels=True, quant=method), 10**9
+    )
     return all_logits(model, random_ids(50, seed=2))
 
 

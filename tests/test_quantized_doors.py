@@ -8,13 +8,13 @@ import pytest
 
 from batches import results, settings_of, write
 from doors import Door
+from engines import needs_kernels
 from mptserve.cli import main
-from mptserve.engine.quantized import why_not_on_cpu
 from serving import MODEL_DIR, LoggedServer, eventually, post, request
 
 PROMPTS = [
     "Once upon a time",
-    # Long enough for the 4-bit layers' other way of computing, which is for prompts of 32 tokens and more.
+    # Longer than a block, so that it is shared.
     "The king said to his daughter that nobody in the whole country, neither the rich nor the poor, neither the old "
     "nor the young, should ever again be seen without a hat on the day of the great feast, and the daughter said:",
 ]
@@ -35,12 +35,11 @@ def generated(capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
 
 
 @pytest.mark.long
+@needs_kernels
 @pytest.mark.parametrize("quant", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_the_setting_alone_gives_the_same_text_at_every_door(
     quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if reason := why_not_on_cpu(quant):
-        pytest.skip(reason)
     for name, value in settings_of(tmp_path).items():
         monkeypatch.setenv(name, value)
     expected = generated(capsys, "--quant", quant)

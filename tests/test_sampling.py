@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 
 from engines import sequence
 from mptserve.engine import Sequence, Token
-from mptserve.engine.sampling import gumbel, sample
+from mptserve.engine.sampling import exp_sums, gumbel, gumbel_of, sample
 
 NO_EOS = torch.tensor([0])
 
@@ -150,6 +150,65 @@ def test_gumbel_noise_is_gumbel_distributed_and_uncorrelated() -> None:
     correlation = torch.corrcoef(neighbours) - torch.eye(3)
     assert correlation.abs().max() < 4 / math.sqrt(20_000)
     assert torch.isfinite(gumbel(torch.arange(2000)[:, None], steps, ids[:500])).all()
+
+
+EXTREME_BITS = (0, 1, 2**23 - 1, 2**23, 2**24 - 2, 2**24 - 1)
+
+
+def test_the_noise_of_extreme_bits_is_finite_and_exact() -> None:
+    """u is (k + 1/2) / 2^24 as float32 rounds it, to even above 2^23, but never 1."""
+    uniform = [0.5 / 2**24, 1.5 / 2**24, (2**23 - 0.5) / 2**24, 0.5, (2**24 - 2) / 2**24, (2**24 - 1) / 2**24]
+    expected = [-math.log(-math.log(u)) for u in uniform]
+    found = gumbel_of(torch.tensor(EXTREME_BITS))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_noise_of_all_24_bits_is_finite_and_never_falls() -> None:
+    last = -math.inf
+    for bits in torch.arange(2**24).split(2**22):
+        noise = gumbel_of(bits)
+        assert noise.isfinite().all()
+        assert noise[0] >= last
+        # To a rounding or two of -log(u), which the vector and the scalar code of a logarithm may make differently.
+        assert (noise.diff() >= -2e-6).all()
+        last = noise[-1].item() - 2e-6
+
+
+def test_ten_million_hashed_draws_are_finite() -> None:
+    ids = torch.arange(50_000)
+    for step in range(0, 200, 20):
+        noise = gumbel(torch.tensor([[11]]), torch.arange(step, step + 20)[:, None], ids)
+        assert noise.isfinite().all()
+
+
+@pytest.mark.parametrize("n", [2000, pytest.param(200_000, marks=pytest.mark.slow)])
+def test_a_draw_over_the_whole_vocabulary_never_gives_a_token_of_no_probability(n: int) -> None:
+    """The default parameters and a peaked distribution. Infinite noise gave such a token once in 330 draws."""
+    n_vocab, likely = 50_277, [7, 1000, 20_000, 50_276]
+    logits = torch.zeros(1, n_vocab)
+    logits[0, likely] = torch.tensor([40.0, 39.0, 38.5, 37.0])
+    probabilities = logits.double().softmax(-1)[0]
+    assert probabilities[0] < 1e-9
+    counts = torch.zeros(n_vocab, dtype=torch.long)
+    for seeds in torch.arange(n).split(50):
+        rows = [sequence([1], seed=seed) for seed in seeds.tolist()]
+        for token in sample(logits.expand(len(rows), -1).clone(), rows, NO_EOS).tokens:
+            counts[token.id] += 1
+    assert counts[likely].sum() == n
+    expected = probabilities[likely] / probabilities[likely].sum() * n
+    assert chisquare(counts[likely], expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("peak", [0, 8, 14, 16, 18, 20])
+def test_the_mass_of_a_large_vocabulary_is_exact_beside_a_likely_token(peak: float) -> None:
+    """What top_p counts from. `log_softmax` loses up to 1e-4 of it in float32."""
+    logits = torch.randn(2, 50_277, generator=torch.Generator().manual_seed(0)) * 0.01
+    logits[:, 7] += peak
+    scores = logits - logits.amax(-1, keepdim=True)
+    sums = exp_sums(scores)
+    # A block of 1,024 values is at least 32 sums side by side: 32 roundings of 2^-24 each, at most.
+    torch.testing.assert_close(sums, scores.double().exp().sum(-1, keepdim=True), rtol=2e-6, atol=0)
+    assert torch.equal(exp_sums(scores[:1]), sums[:1])
 
 
 def test_the_noise_is_the_published_constant_of_its_inputs() -> None:

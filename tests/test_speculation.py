@@ -13,12 +13,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from engines import EITHER, Tiny, guess, load_tiny, make_engine, random_ids, sequence
+from engines import EITHER, Tiny, guess, load_tiny, make_engine, needs_kernels, random_ids, sequence
 from mptserve.engine import Job, MPTEngine, SamplingParams, Token, windows
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import parse_config, read_config
 from mptserve.engine.lookup import PromptLookup
-from mptserve.engine.quantized import why_not_on_cpu
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.engine.weights import Placement, load_model
 from tiny import tiny_config
@@ -134,10 +133,10 @@ def test_tokens_and_log_probabilities_are_the_same_bit_for_bit(
 
 
 @pytest.mark.parametrize("method", ["int8", "int4"])
-@pytest.mark.skipif(bool(why_not_on_cpu("int8") + why_not_on_cpu("int4")), reason="this CPU cannot")
+@needs_kernels
 def test_quantised_layers_give_the_same_bits_too(tiny: Tiny, method: str) -> None:
     config = parse_config(tiny.raw)
-    place = Placement(torch.device("cpu"), torch.float32, quant=method)
+    place = Placement(torch.device("cpu"), torch.float32, kernels=True, quant=method)
     model = load_model(WeightReader(tiny.folder, config), config, place, 10**9)
     other = Tiny(tiny.raw, tiny.tensors, model, tiny.folder)
     stats = both(other, [Job(PROMPT, params(**change)) for change in SAMPLED[:2]]).stats()

@@ -1,6 +1,8 @@
 """Placement, preflight and loading."""
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,20 +21,77 @@ CPU = torch.device("cpu")
 MPT_7B = tiny_config(d_model=4096, n_heads=32, n_layers=32, vocab_size=50432, max_seq_len=2048)
 
 
-def test_auto_takes_a_dtype_that_the_cpu_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mptserve.engine.weights.why_no_cpu_kernels", lambda: "there is no gcc")
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    assert choose_placement("cpu", "auto") == Placement(CPU, torch.bfloat16)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    assert choose_placement("cpu", "auto", stored=torch.bfloat16) == Placement(CPU, torch.float32)
-    monkeypatch.setattr("mptserve.engine.weights.why_no_cpu_kernels", lambda: "")
-    place = choose_placement("cpu", "auto", stored=torch.bfloat16)
-    assert place == Placement(CPU, torch.float32, kernels=True, halves=True)
-    assert not choose_placement("cpu", "auto", stored=torch.float32).halves
-    assert not choose_placement("cpu", "bfloat16", stored=torch.bfloat16).halves
+@dataclass
+class Processor:
+    """What a pretended processor has, as far as a CPU placement asks."""
+
+    no_kernels: str = ""
+    bf16_instructions: bool = False
+    onednn_packs_bf16: bool = True
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Processor], None]:
+    def become(this: Processor) -> None:
+        monkeypatch.setattr("mptserve.engine.weights.why_no_cpu_kernels", lambda: this.no_kernels)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: this.bf16_instructions)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        monkeypatch.setattr(
+            "mptserve.engine.weights.can_pack", lambda dtype: dtype == torch.float32 or this.onednn_packs_bf16
+        )
+
+    return become
+
+
+ROME = Processor(onednn_packs_bf16=False)  # AVX2
+SKYLAKE = Processor()  # AVX-512, no bfloat16 instructions
+GENOA = Processor(bf16_instructions=True)
+OURS, ONEDNN = True, False  # whose product bfloat16 weights take
+
+
+@pytest.mark.parametrize(
+    ("processor", "dtype", "stored", "expected"),
+    [
+        (ROME, "auto", torch.bfloat16, (torch.float32, OURS)),
+        (ROME, "auto", torch.float32, (torch.float32, ONEDNN)),
+        (ROME, "bfloat16", torch.float32, (torch.bfloat16, OURS)),
+        (SKYLAKE, "auto", torch.bfloat16, (torch.float32, OURS)),
+        (SKYLAKE, "bfloat16", torch.bfloat16, (torch.bfloat16, OURS)),
+        (GENOA, "auto", torch.bfloat16, (torch.bfloat16, ONEDNN)),
+        (GENOA, "float32", torch.bfloat16, (torch.float32, OURS)),
+    ],
+)
+def test_every_processor_computes_with_the_product_that_it_has(
+    pretend: Callable[[Processor], None],
+    processor: Processor,
+    dtype: str,
+    stored: torch.dtype,
+    expected: tuple[torch.dtype, bool],
+) -> None:
+    pretend(processor)
+    place = choose_placement("cpu", dtype, stored=stored)
+    assert place == Placement(CPU, expected[0], kernels=True, bf16_weights=expected[1])
+
+
+def test_bfloat16_weights_and_the_copy_for_the_head_are_counted() -> None:
     config = parse_config(MPT_7B)
+    place = Placement(CPU, torch.float32, kernels=True, bf16_weights=True)
     assert place.weight_bytes(config) == 2 * (config.n_parameters + 50432 * 4096)
+
+
+def test_without_kernels_float32_computes_and_the_rest_is_refused_in_one_line(
+    pretend: Callable[[Processor], None],
+) -> None:
+    pretend(Processor("there is no gcc", onednn_packs_bf16=False))
+    assert choose_placement("cpu", "auto", stored=torch.bfloat16) == Placement(CPU, torch.float32)
+    with pytest.raises(BadSetting) as refused:
+        choose_placement("cpu", "bfloat16")
+    assert str(refused.value) == (
+        "MPT_DTYPE bfloat16 needs the kernels in C, which cannot run here (there is no gcc), "
+        "or a processor with AVX-512. float32 can run"
+    )
+    pretend(Processor("there is no gcc"))
+    assert choose_placement("cpu", "bfloat16") == Placement(CPU, torch.bfloat16)
 
 
 def test_float16_on_a_cpu_and_a_missing_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +143,7 @@ def test_the_cache_limits_the_context_when_it_is_smaller_and_says_so(
             tmp_path, parse_config(raw), 128, EngineOptions(kv_cache_gb=10.5 * block / 1e9, cpu_threads=1)
         )
     assert (engine.max_tokens, engine.scheduler.cache.n_blocks) == (320, 10)
-    assert [r.getMessage() for r in caplog.records] == [
+    assert [r.getMessage() for r in caplog.records if r.name.endswith("start")] == [
         f"the KV cache has room for 320 tokens, so no sequence gets the whole context of {raw['max_seq_len']}; "
         "raise MPT_KV_CACHE_GB or lower MPT_MAX_SEQ_LEN"
     ]
@@ -121,8 +180,9 @@ def test_loading_is_logged_with_numbers_and_warm_up_is_not_counted(
     logging.getLogger("mptserve").propagate = True
     with caplog.at_level(logging.INFO, "mptserve"):
         engine = start_engine(tmp_path, parse_config(raw), 128, EngineOptions(cpu_threads=1))
-    assert [r.message for r in caplog.records] == ["preflight", "weights loaded", "engine ready"]
-    assert caplog.records[1].numbers["percent"] == 100  # type: ignore[attr-defined]
+    records = [r for r in caplog.records if r.levelno == logging.INFO]
+    assert [r.message for r in records] == ["preflight", "weights loaded", "engine ready"]
+    assert records[1].numbers["percent"] == 100  # type: ignore[attr-defined]
     assert (engine.stats().generated_tokens, engine.stats().finished) == (0, {})
     engine.submit([5], SamplingParams(max_new_tokens=2, ignore_eos=True)).result()
     assert engine.stats().generated_tokens == 2

@@ -17,6 +17,7 @@ import torch
 from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.checkpoint import WeightReader, find_checkpoint
 from mptserve.engine.config import MPTConfig, read_config
+from mptserve.engine.memory import use_huge_pages
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.engine.weights import Placement, choose_placement, chosen_quant
 from mptserve.log import set_up_logging
@@ -144,21 +145,31 @@ def work(
 
 def ceilings(place: Placement) -> Ceilings:
     """Measure the ceilings: reading memory much larger than the caches, and multiplying square matrices."""
-    gpu = place.device.type == "cuda"
-    memory = torch.ones((4 << 30 if gpu else 512 << 20) // 4, device=place.device)
-    size = 8192 if gpu else 2048
+    size = 8192 if place.device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=place.device, dtype=place.dtype) for _ in range(2))
+    multiply = _best_seconds(lambda: a @ b, place.device)
+    return Ceilings(read_gbs(place.device), 2 * size**3 / multiply / 1e12)
 
-    def best(work: Callable[[], object], times: int) -> float:
-        found = []
-        for _ in range(times):
-            started = time.perf_counter()
-            work()
-            if gpu:
-                torch.cuda.synchronize(place.device)
-            found.append(time.perf_counter() - started)
-        return min(found)
 
-    read = best(memory.sum, 5)
-    multiply = best(lambda: a @ b, 5)
-    return Ceilings(memory.numel() * 4 / read / 1e9, 2 * size**3 / multiply / 1e12)
+def read_gbs(device: torch.device) -> float:
+    """Return the GB/s at which all cores of `device` together read memory that no cache holds, at best.
+
+    A sum: on a CPU it adds several times faster from its caches than memory delivers. The memory lies in huge pages, as
+    weights do.
+    """
+    gpu = device.type == "cuda"
+    memory = torch.ones((4 << 30 if gpu else 512 << 20) // 4, device=device)
+    if not gpu:
+        use_huge_pages(memory)
+    return memory.nbytes / _best_seconds(memory.sum, device) / 1e9
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device, times: int = 5) -> float:
+    found = []
+    for _ in range(times):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        found.append(time.perf_counter() - started)
+    return min(found)

@@ -55,8 +55,6 @@ def calibrated_weights(
 class _RoundedByInputs:
     """A linear layer that is rounded for the inputs of its first product, and computes that with what came of it."""
 
-    min_rows = 2
-
     def __init__(self, name: str, weight: Tensor, bias: Tensor | None, done: Callable[[], None]) -> None:
         self.name, self._weight, self._bias, self._done = name, weight, bias, done
         self._codes: Quantized | None = None

@@ -5,7 +5,7 @@
 
    Vectors are GCC's, as wide as the processor's; only products of bytes and what goes across a vector name instructions.
 
-   Letters as in model.py: N outputs, K inputs, M rows, H heads, D head size. A panel is 32 outputs. */
+   Letters as in model.py: N outputs, K inputs, M rows, H heads, D head size. A panel is two vectors of outputs. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -18,14 +18,14 @@
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
-#define PANEL 32
 #define GROUP 32 /* inputs with a scale and a zero of their own in 4 bits */
 #if defined(__AVX512VNNI__)
 #define LANES 16
 #else
 #define LANES 8
 #endif
-#define PARTS (PANEL / LANES)
+#define PARTS 2 /* vectors of sums for a row: with more, fewer rows fit into the registers, and weights are read again */
+#define PANEL (PARTS * LANES)
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float loose __attribute__((vector_size(4 * LANES), aligned(4))); /* somewhere in memory */
@@ -33,42 +33,31 @@ typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
 typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
+typedef uint16_t pairs __attribute__((vector_size(4 * LANES)));
 typedef int8_t few __attribute__((vector_size(LANES)));
 
-/* ---- what the two sets of instructions do differently ----
-   dot8, dot4: acc + sum over 4 neighbours of w (unsigned) * a (signed). */
+/* ---- what the sets of instructions do differently ----
+   ROWS: for which a panel is read once, as many as the registers hold sums of.
+   code8: a vector of 8-bit codes as dot8 takes it.  dot8: acc + sums of 4 neighbours of w * a, code being code8(w).
+   dot4: part + sums of neighbours of w * a for 4-bit w.  total4: at most 8 of those sums as sums of 4 neighbours. */
 
 #if defined(__AVX512VNNI__)
-#define OFFSET 128 /* 8-bit codes are stored with it added, and taken as unsigned */
-#define ROWS16 12 /* rows that a panel is read for at once: as many as the registers hold sums of */
-#define ROWS8 12
-#define ROWS4 8
+#define ROWS 12
 #define COLUMNS 8 /* of a prompt's scores or outputs, for all queries of a tile */
-INLINE ints dot8(ints acc, bytes w, ints a) { return (ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
-#define dot4 dot8
+INLINE ints dot(ints acc, bytes w, ints a) { return (ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
+INLINE ints spread(int32_t x) { return (ints)_mm512_set1_epi32(x); }
 INLINE float sum(floats x) { return _mm512_reduce_add_ps((__m512)x); }
 INLINE int total_of(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
 INLINE floats larger(floats x, floats y) { return (floats)_mm512_max_ps((__m512)x, (__m512)y); }
 INLINE float largest_of(floats x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
-/* Pairs are added in 16 bits: 255 * 127 * 2 does not fit, so signed codes give their sign to the activation. */
-#define OFFSET 0
-#define ROWS16 2
-#define ROWS8 2
-#define ROWS4 2
+#define ROWS 6
 #define COLUMNS 2
-INLINE ints dot4(ints acc, bytes w, ints a) {
-  __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)a);
-  return acc + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-INLINE ints dot8(ints acc, bytes w, ints a) {
-  __m256i code = _mm256_xor_si256((__m256i)w, _mm256_set1_epi8((char)128));
-  return dot4(acc, (bytes)_mm256_abs_epi8(code), (ints)_mm256_sign_epi8((__m256i)a, code));
-}
+INLINE ints spread(int32_t x) { return (ints)_mm256_set1_epi32(x); }
 INLINE float sum(floats x) {
-  for (int n = LANES / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) x[i] += x[i + n];
-  return x[0];
+  __m128 y = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+  y = _mm_add_ps(y, _mm_movehl_ps(y, y));
+  return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
 }
 INLINE int total_of(ints x) {
   for (int i = 1; i < LANES; i++) x[0] += x[i];
@@ -79,7 +68,41 @@ INLINE float largest_of(floats x) {
   for (int i = 1; i < LANES; i++) x[0] = x[0] > x[i] ? x[0] : x[i];
   return x[0];
 }
+#if defined(__AVXVNNI__)
+INLINE ints dot(ints acc, bytes w, ints a) { return (ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, (__m256i)a); }
+#elif defined(PORTABLE_VNNI) /* the same without the instruction, for tests of what is around it */
+INLINE ints dot(ints acc, bytes w, ints a) {
+  const int8_t *codes = (const int8_t *)&a;
+  for (int i = 0; i < 4 * LANES; i++) acc[i / 4] += w[i] * codes[i];
+  return acc;
+}
 #endif
+#endif
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(PORTABLE_VNNI)
+#define OFFSET 128 /* 8-bit codes are stored with it added, and taken as unsigned */
+INLINE bytes code8(const uint8_t *w) { return *(const bytes *)w; }
+INLINE ints dot8(ints acc, bytes code, const uint8_t *w, ints a) { return (void)w, dot(acc, code, a); }
+INLINE ints dot4(ints part, bytes w, ints a) { return dot(part, w, a); }
+INLINE ints total4(ints part) { return part; }
+#else
+/* Products are added in pairs, in 16 bits, where 2 * 255 * 127 has no room: 8-bit codes are signed, and give their sign to
+   the activation. With 4 bits eight pairs have room: 8 * 2 * 15 * 127 < 2^15. */
+#define OFFSET 0
+INLINE ints pairs_added(__m256i x) { return (ints)_mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
+INLINE bytes code8(const uint8_t *w) { return (bytes)_mm256_abs_epi8(_mm256_load_si256((const __m256i *)w)); }
+INLINE ints dot8(ints acc, bytes code, const uint8_t *w, ints a) {
+  const __m256i with_sign = _mm256_sign_epi8((__m256i)a, _mm256_load_si256((const __m256i *)w));
+  return acc + pairs_added(_mm256_maddubs_epi16((__m256i)code, with_sign));
+}
+INLINE ints dot4(ints part, bytes w, ints a) {
+  return (ints)_mm256_add_epi16((__m256i)part, _mm256_maddubs_epi16((__m256i)w, (__m256i)a));
+}
+INLINE ints total4(ints part) { return pairs_added((__m256i)part); }
+#endif
+
+/* How weights are to be laid out for this library: outputs of a panel, and what is added to 8-bit codes. */
+void layout(int *panel, int *offset) { *panel = PANEL, *offset = OFFSET; }
 
 /* ---- functions of floats ---- */
 
@@ -174,8 +197,8 @@ INLINE float rounded(const float *x, int K, int8_t *codes, int *total) {
   return largest / 127.0f + sum(zeros);
 }
 
-/* A row of activations is a row of words of 4 bytes: K floats for weights in bfloat16, K / 4 words of codes for 8 bits,
-   and for 4 bits GROUP_WORDS for each group: 8 words of codes, then what a code is worth, that times the sum of the
+/* A row of activations is a row of words of 4 bytes: K floats for weights in bfloat16, K / 4 words
+   of codes for 8 bits, and for 4 bits GROUP_WORDS for each group: 8 words of codes, then what a code is worth, that times the sum of the
    group's codes, and -8 times the sum. */
 typedef union {
   float real;
@@ -229,19 +252,18 @@ static __attribute__((noinline)) void finish(const layer *l, int m, int n, float
   for (int i = 0; n + i < l->N; i++) out[i] = y[i] + (residual ? residual[i] : 0);
 }
 
-/* One panel of 8-bit weights, [K / 4, 32, 4] bytes, with `rows` rows from m on, whose words are a [K / 4, rows]. */
+/* One panel of 8-bit weights, [K / 4, PANEL, 4] bytes, with `rows` rows from m on, whose words are a [.., rows]. */
 INLINE void panel8(const layer *l, int rows, int m, int n, const word *a) {
   const uint8_t *w = l->w + (size_t)n * l->K;
-  ints acc[ROWS8][PARTS];
+  ints acc[ROWS][PARTS];
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){} - OFFSET * l->totals[m + r];
   for (int k = 0; k < l->K; k += 4, w += 4 * PANEL, a += rows) {
-    __builtin_prefetch(w + AHEAD);
-    __builtin_prefetch(w + AHEAD + 64);
-    bytes part[PARTS];
-    for (int p = 0; p < PARTS; p++) part[p] = *(const bytes *)(w + p * sizeof(bytes));
-    for (int r = 0; r < rows; r++)
-      for (int p = 0; p < PARTS; p++) acc[r][p] = dot8(acc[r][p], part[p], (ints){} + a[r].whole);
+    for (int line = 0; line < 4 * PANEL; line += 64) __builtin_prefetch(w + AHEAD + line);
+    for (int p = 0; p < PARTS; p++) {
+      const bytes code = code8(w + p * sizeof code);
+      for (int r = 0; r < rows; r++) acc[r][p] = dot8(acc[r][p], code, w + p * sizeof code, spread(a[r].whole));
+    }
   }
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS && n + p * LANES < l->N; p++)
@@ -249,55 +271,59 @@ INLINE void panel8(const layer *l, int rows, int m, int n, const word *a) {
              __builtin_convertvector(acc[r][p], floats) * (load(l->scale + n + p * LANES) * l->steps[m + r]));
 }
 
-/* The same for 4 bits: a group of the panel is [4, 32, 4] bytes, 32 scales and 32 zeros in bfloat16. Byte (j, n, t)
+/* The same for 4 bits: a group of the panel is [4, PANEL, 4] bytes, then its scales and zeros in bfloat16. Byte (j, n, t)
    holds the codes of output n for the group's inputs 4 j + t (low half) and 16 + 4 j + t (high half).
    a: [K / 32, GROUP_WORDS, rows]. */
 #define GROUP_BYTES (PANEL * GROUP / 2 + 2 * 2 * PANEL)
 INLINE void panel4(const layer *l, int rows, int m, int n, const word *a) {
   const int groups = l->K / GROUP;
   const uint8_t *w = l->w + (size_t)(n / PANEL) * groups * GROUP_BYTES;
-  floats y[ROWS4][PARTS];
+  floats y[ROWS][PARTS];
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS; p++) y[r][p] = (floats){};
   for (int g = 0; g < groups; g++, w += GROUP_BYTES, a += GROUP_WORDS * rows) {
     for (int line = 0; line < GROUP_BYTES; line += 64) __builtin_prefetch(w + AHEAD + line);
-    ints acc[ROWS4][PARTS];
+    ints acc[ROWS][PARTS];
     for (int r = 0; r < rows; r++)
-      for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){} + a[10 * rows + r].whole;
+      for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){};
+#pragma GCC unroll 1 /* or the activations of all are loaded first, and the sums leave the registers: half the speed */
     for (int j = 0; j < 4; j++) {
-      bytes part[PARTS];
-      for (int p = 0; p < PARTS; p++) part[p] = *(const bytes *)(w + 4 * PANEL * j + p * sizeof(bytes));
+      bytes low[PARTS], high[PARTS];
+      for (int p = 0; p < PARTS; p++) {
+        const bytes both = *(const bytes *)(w + 4 * PANEL * j + p * sizeof both);
+        low[p] = both & 15, high[p] = (bytes)((pairs)both >> 4) & 15;
+      }
       for (int r = 0; r < rows; r++) {
-        for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], part[p] & 15, (ints){} + a[j * rows + r].whole);
-        for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], part[p] >> 4, (ints){} + a[(4 + j) * rows + r].whole);
+        const ints x = spread(a[j * rows + r].whole), y = spread(a[(4 + j) * rows + r].whole);
+        for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], low[p], x);
+        for (int p = 0; p < PARTS; p++) acc[r][p] = dot4(acc[r][p], high[p], y);
       }
     }
     const uint16_t *scale = (const uint16_t *)(w + PANEL * GROUP / 2), *zero = scale + PANEL;
-    for (int r = 0; r < rows; r++)
-      for (int p = 0; p < PARTS; p++) {
-        y[r][p] += __builtin_convertvector(acc[r][p], floats) * (bf16(scale + p * LANES) * a[8 * rows + r].real);
-        y[r][p] += bf16(zero + p * LANES) * a[9 * rows + r].real;
+    for (int p = 0; p < PARTS; p++) {
+      const floats scales = bf16(scale + p * LANES), zeros = bf16(zero + p * LANES);
+      for (int r = 0; r < rows; r++) {
+        ints code_sums = total4(acc[r][p]) + spread(a[10 * rows + r].whole);
+        y[r][p] += __builtin_convertvector(code_sums, floats) * (scales * a[8 * rows + r].real);
+        y[r][p] += zeros * a[9 * rows + r].real;
       }
+    }
   }
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS && n + p * LANES < l->N; p++) finish(l, m + r, n + p * LANES, y[r][p]);
 }
 
-/* The same for weights in bfloat16, which become float32 before they are multiplied: [K, 16, 2], the outputs n and
-   n + 16 side by side. a: [K, rows]. */
+/* The same for weights in bfloat16, which become float32 before they are multiplied: [K, LANES, 2], the outputs n and
+   n + LANES side by side. a: [K, rows]. */
 INLINE void panel16(const layer *l, int rows, int m, int n, const word *a) {
   const uint8_t *w = l->w + (size_t)n * l->K * 2;
-  floats y[ROWS16][PARTS];
+  floats y[ROWS][PARTS];
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS; p++) y[r][p] = (floats){};
   for (int k = 0; k < l->K; k++, w += 2 * PANEL, a += rows) {
     __builtin_prefetch(w + AHEAD);
-    floats part[PARTS];
-    for (int p = 0; p < PARTS / 2; p++) {
-      uints both = *(const uints *)(w + p * sizeof(uints));
-      part[p] = (floats)(both << 16);
-      part[p + PARTS / 2] = (floats)(both & 0xffff0000u);
-    }
+    const uints both = *(const uints *)w;
+    const floats part[PARTS] = {(floats)(both << 16), (floats)(both & 0xffff0000u)};
     for (int r = 0; r < rows; r++)
       for (int p = 0; p < PARTS; p++) y[r][p] += a[r].real * part[p];
   }
@@ -305,22 +331,22 @@ INLINE void panel16(const layer *l, int rows, int m, int n, const word *a) {
     for (int p = 0; p < PARTS && n + p * LANES < l->N; p++) finish(l, m + r, n + p * LANES, y[r][p]);
 }
 
-/* How many rows to take next: the most, or the largest power of two that is left. */
-static int at_once(int left, int most) {
-  if (left >= most) return most;
-  for (int n = 8;; n /= 2)
-    if (n <= left && n < most) return n;
+/* How many rows to take next: as few turns as possible, of about as many rows each. */
+static int at_once(int left) {
+  const int turns = (left + ROWS - 1) / ROWS;
+  return (left + turns - 1) / turns;
 }
 
 /* Do `what` with R, a constant that the compiler can unroll for, being `rows`. */
-#define WITH(rows, most, n, what) \
-  if (rows == n && n <= most) { \
-    enum { R = n <= most ? n : 1 }; \
+#define WITH(rows, n, what) \
+  if (rows == n && n <= ROWS) { \
+    enum { R = n <= ROWS ? n : 1 }; \
     what; \
   }
-#define EACH(rows, most, what) \
-  WITH(rows, most, most, what) else WITH(rows, most - 1, 8, what) else WITH(rows, most - 1, 4, what) \
-  else WITH(rows, most - 1, 2, what) else WITH(rows, most - 1, 1, what)
+#define EACH(rows, what) \
+  WITH(rows, 1, what) WITH(rows, 2, what) WITH(rows, 3, what) WITH(rows, 4, what) WITH(rows, 5, what) WITH(rows, 6, what) \
+  WITH(rows, 7, what) WITH(rows, 8, what) WITH(rows, 9, what) WITH(rows, 10, what) WITH(rows, 11, what) \
+  WITH(rows, 12, what)
 
 /* y = f(norm(x) Wᵀ): x [M, K] float32 -> y [M, N]; norm, bias, GELU and residual where given. K: a multiple of 32.
    bits: of a weight, 16, 8 or 4.  Returns 0, or 1 without memory. */
@@ -328,7 +354,6 @@ int linear(int bits, int M, int N, int K, const float *x, const float *norm_weig
            const uint8_t *w, const float *scale, const float *bias, const float *residual, int gelu, float *y) {
   const norm before = {norm_weight, norm_bias, eps};
   const int panels = (N + PANEL - 1) / PANEL, words = words_of(bits, K), stride = words + PAD;
-  const int most = bits == 16 ? ROWS16 : bits == 8 ? ROWS8 : ROWS4;
   word *each = buffer(0, (size_t)M * stride * 4), *together = buffer(1, (size_t)(M > 1 ? M : 0) * words * 4 + 1);
   float *steps = buffer(2, (size_t)M * 8 + 1);
   if (!M) return 0;
@@ -351,7 +376,7 @@ int linear(int bits, int M, int N, int K, const float *x, const float *norm_weig
     /* Rows that a panel is read for at once, word beside word. */
     const word *a = M > 1 ? together : each;
     for (int m = 0, rows; M > 1 && m < M; m += rows) {
-      rows = at_once(M - m, most);
+      rows = at_once(M - m);
 #pragma omp for schedule(static) nowait
       for (int i = 0; i < words; i++)
         for (int r = 0; r < rows; r++) together[(size_t)m * words + i * rows + r] = each[(size_t)(m + r) * stride + i];
@@ -361,14 +386,14 @@ int linear(int bits, int M, int N, int K, const float *x, const float *norm_weig
     for (int p = 0; p < panels; p++) {
       const int n = p * PANEL;
       for (int m = 0, rows; m < M; m += rows) {
-        rows = at_once(M - m, most);
+        rows = at_once(M - m);
         const word *in = a + (size_t)m * words;
         if (bits == 16) {
-          EACH(rows, ROWS16, panel16(&l, R, m, n, in));
+          EACH(rows, panel16(&l, R, m, n, in));
         } else if (bits == 8) {
-          EACH(rows, ROWS8, panel8(&l, R, m, n, in));
+          EACH(rows, panel8(&l, R, m, n, in));
         } else {
-          EACH(rows, ROWS4, panel4(&l, R, m, n, in));
+          EACH(rows, panel4(&l, R, m, n, in));
         }
       }
     }

@@ -1,8 +1,8 @@
 """The C kernels of cpu_kernels.c: compiled once on the machine that runs them, called with tensors.
 
-They need GCC and a processor with AVX2. Where either is missing PyTorch's own operations do the same, slower and with
-other rounding (quantized.py, attention.py). The compiled library is kept in
-~/.cache/mptserve, named after everything that it was made of.
+They need GCC and an x86-64 processor with AVX2. Where either is missing, PyTorch's own operations compute in float32,
+and quantized weights are refused. The compiled library is kept in ~/.cache/mptserve, named after everything that it was
+made of.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -21,16 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mptserve.engine.memory import use_huge_pages
+from mptserve.engine.memory import HugePages
 from mptserve.engine.model import Norm
 from mptserve.engine.quantization import GROUP, Quantized, dequantize, quantize
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 _PATIENCE_S = 120
-
-PANEL = 32
-"""Outputs that the kernels compute together, and that lie together in memory."""
+_MEMORY = HugePages()
 
 
 class _Unavailable(Exception):
@@ -85,6 +83,7 @@ def _library() -> ctypes.CDLL:
     except OSError as exc:
         raise _Unavailable(f"{type(exc).__name__}: {exc}") from exc
     pointer, number, real, large = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
+    library.layout.argtypes = (pointer, pointer)
     library.linear.argtypes = (*[number] * 4, *[pointer] * 3, real, *[pointer] * 4, number, pointer)
     library.store.argtypes = (*[number] * 5, pointer, large, *[pointer] * 4)
     library.attend.argtypes = (*[number] * 5, pointer, large, *[pointer] * 5, real, pointer)
@@ -132,12 +131,20 @@ def _own_folder() -> Path | None:
     return folder if mine and os.access(folder, os.W_OK) else None
 
 
+@cache
+def layout() -> tuple[int, int]:
+    """Return how this machine's library reads weights: outputs of a panel, and what is added to 8-bit codes."""
+    panel, offset = ctypes.c_int(), ctypes.c_int()
+    _library().layout(ctypes.byref(panel), ctypes.byref(offset))
+    return panel.value, offset.value
+
+
 @dataclass(frozen=True)
 class Packed:
     """A weight as the kernels read it.
 
-    panels: bytes, panel after panel of 32 outputs, as cpu_kernels.c describes them.  bits: of a weight, 16, 8 or 4.
-    scale: float32 [n_out], 8 bits only.
+    panels: bytes, panel after panel of outputs, as cpu_kernels.c describes them.  n_in: a multiple of 32.  bits: of a
+    weight, 16, 8 or 4.  scale: float32 [n_out], 8 bits only.
     """
 
     panels: Tensor
@@ -148,32 +155,46 @@ class Packed:
 
 
 def pack(weight: Tensor | Quantized) -> Packed:
-    """Return `weight`, codes or bfloat16 [n_out, n_in], laid out for the kernels; n_in is a multiple of 32."""
-    packed = _laid_out(weight)
-    use_huge_pages(packed.panels)
-    return packed
+    """Return `weight`, codes or bfloat16 [n_out, n_in], laid out for the kernels, with zeros up to a multiple of 32."""
+    packed = _pack_bf16(weight) if isinstance(weight, Tensor) else (_pack_8 if weight.zero is None else _pack_4)(weight)
+    return replace(packed, panels=_MEMORY.hold(packed.panels))
 
 
-def _laid_out(weight: Tensor | Quantized) -> Packed:
-    if isinstance(weight, Tensor):
-        n_out, n_in = weight.shape
-        halves = F.pad(weight.view(torch.int16), (0, 0, 0, -n_out % PANEL)).view(-1, 2, PANEL // 2, n_in)
-        return Packed(halves.permute(0, 3, 2, 1).contiguous(), n_out, n_in, 16)
-    n_out, n_in = len(weight.codes), weight.n_in
-    fill = -n_out % PANEL
-    if weight.zero is None:
-        codes = F.pad(weight.codes, (0, 0, 0, fill)).view(torch.uint8) ^ 128  # as unsigned: 128 more
-        panels = codes.view(torch.int32).view(-1, PANEL, n_in // 4).transpose(1, 2).contiguous()
-        return Packed(panels, n_out, n_in, 8, F.pad(weight.scale, (0, fill)))
-    groups = n_in // GROUP
+def _pack_bf16(weight: Tensor) -> Packed:
+    n_out, lanes = len(weight), layout()[0] // 2
+    weight = _padded(weight.view(torch.int16))
+    lines = weight.view(-1, 2, lanes, weight.shape[1]).permute(0, 3, 2, 1).contiguous()
+    return Packed(lines, n_out, weight.shape[1], 16)
+
+
+def _pack_8(weight: Quantized) -> Packed:
+    panel, offset = layout()
+    codes, n_out = _padded(weight.codes), len(weight.codes)
+    if offset:
+        codes = codes.view(torch.uint8) ^ offset  # the same as adding it, in 8 bits
+    n_in = codes.shape[1]
+    panels = codes.view(torch.int32).view(-1, panel, n_in // 4).transpose(1, 2).contiguous()
+    return Packed(panels, n_out, n_in, 8, F.pad(weight.scale, (0, -n_out % panel)))
+
+
+def _pack_4(weight: Quantized) -> Packed:
+    assert weight.zero is not None
+    n_out, n_in, panel = len(weight.codes), weight.n_in, layout()[0]
+    groups, fill = n_in // GROUP, -n_out % panel
     codes = torch.stack((weight.codes & 15, weight.codes >> 4), -1).view(n_out, groups, GROUP)
     halves = F.pad(codes[..., : GROUP // 2] | (codes[..., GROUP // 2 :] << 4), (0, 0, 0, 0, 0, fill))
-    lines = halves.view(torch.int32).view(-1, PANEL, groups, 4).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
-    parts = [lines.view(-1, groups, PANEL * GROUP // 2)]
+    lines = halves.view(torch.int32).view(-1, panel, groups, 4).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+    parts = [lines.view(-1, groups, panel * GROUP // 2)]
     for about in (weight.scale, weight.zero):
-        columns = F.pad(about, (0, 0, 0, fill)).view(-1, PANEL, groups).transpose(1, 2).contiguous()
+        columns = F.pad(about, (0, 0, 0, fill)).view(-1, panel, groups).transpose(1, 2).contiguous()
         parts.append(columns.view(torch.uint8))
     return Packed(torch.cat(parts, -1), n_out, n_in, 4)
+
+
+def _padded(values: Tensor) -> Tensor:
+    """Return values [n_out, n_in] with zeros behind them, up to whole panels of whole groups."""
+    n_out, n_in = values.shape
+    return F.pad(values, (0, -n_in % GROUP, 0, -n_out % layout()[0]))
 
 
 def linear(
@@ -184,11 +205,15 @@ def linear(
     residual: Tensor | None = None,
     gelu: bool = False,
 ) -> Tensor:
-    """Return f(norm(x) Wᵀ + bias) + residual, [M, n_out], for x [M, n_in]; all float32, f GELU or nothing.
+    """Return f(norm(x) Wᵀ + bias) + residual, [M, n_out], for x [M, K]; all float32, f GELU or nothing.
+
+    K: the inputs of the weight before it was padded.
 
     Activations are rounded to 8 bits for weights of 8 bits, with a scale per row, and of 4, with one per 32 inputs. A
     row's bits depend on nothing but the row.
     """
+    if missing := weight.n_in - x.shape[1]:
+        x, norm = F.pad(x if norm is None else norm(x), (0, missing)), None
     x = x.contiguous()
     y = torch.empty(len(x), weight.n_out)
     failed = _library().linear(
@@ -215,8 +240,6 @@ class CompiledLinear:
 
     weight: codes, or bfloat16, which as a factor in float32 is exact, and half as long to read.
     """
-
-    min_rows = 1
 
     def __init__(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> None:
         self._weight = pack(weight)

@@ -17,8 +17,6 @@ class KernelLinear:
     product: the pass costs what reading the plain weights about three times would, however many rows there are.
     """
 
-    min_rows = 1
-
     def __init__(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
 

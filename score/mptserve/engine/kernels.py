@@ -3,7 +3,8 @@
 The kernels, with shape letters as in model.py, and M rows of a step (N of model.py, where few):
 
     write_kv           keys and values of prompt tokens into their blocks, in 8 bits if the cache is
-    decode_attention   one query per row over its blocks, the keys split between programs; writes the new key and value
+    decode_attention   one query per row over its blocks, the keys split between programs
+    combine            the splits' sums to one output; stores the row's own key and value
     prefill_attention  tiles of prompt queries over their blocks (FlashAttention, arXiv 2205.14135)
     linear             y = f(norm(x) Wᵀ + b) + residual for M <= 16, where reading W is all the time there is
     sample             logits to tokens with every parameter per row, without a sort; keeps each row's state
@@ -14,13 +15,19 @@ A row's state (position, last token, seed, ...) lives in a *lane*, a line of the
 Scores are kept in base 2: exp2 is the hardware's exponential, so queries and slopes are scaled by log2(e).
 
 **Exact windows.** ALiBi lowers the score of a key at distance u by slope * u, so for most heads distant keys cannot
-matter. With |q| and the largest key norm seen by the head, K, a distant key scores at most |q| K scale - slope * u; the
-row's own key scores s. Keys further than
+matter. With |q| and the largest norm of any key in the head's cache, K, a distant key scores at most |q| K scale -
+slope * u; the row's own key scores s. Keys further than
 
     W = (|q| K scale - s + ln(n) + 17) / slope
 
 together add less than e^-17 < 2^-24 of what the own key alone adds, which float32 cannot show. They are not read. With
 MPT-7B's slopes at 65,536 tokens that leaves about a twentieth of the keys, with StoryWriter's about a half.
+
+**Races.** The programs of a launch run in any order and at once, so none may read what another one writes. All splits
+of a row must find the same window, so K must not change while they run: decode_attention only reads the cache and K.
+combine, the launch after it, stores the row's key and value and raises K. The row needs neither before that, since it
+takes its own key and value from the step's projections. Rows that read each other's keys (the drafts of one sequence)
+have them stored, and their norms noted, by write_kv in a launch before.
 """
 
 from dataclasses import dataclass
@@ -58,8 +65,12 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _first_key(n_keys, q_norm, own_score, kmax_bits, slope):
-    """Return where the window of a query at position n_keys starts; scores and slope in base 2, q_norm scaled alike."""
-    k_norm = tl.sqrt(kmax_bits.to(tl.float32, bitcast=True)) * 1.01  # what 8 bits may add to a norm
+    """Return where the window of a query at position n_keys starts; scores and slope in base 2, q_norm scaled alike.
+
+    Float32 is enough: positions are exact up to 2^24, and what rounding adds to a reach is far below the percent that
+    the largest norm gets here.
+    """
+    k_norm = tl.sqrt(kmax_bits.to(tl.float32, bitcast=True)) * 1.01
     reach = q_norm * k_norm - own_score + _NOTHING + tl.log2(n_keys.to(tl.float32) + 1)
     keys = reach / slope
     keys = tl.where(keys < n_keys, tl.maximum(keys, 0.0), n_keys)  # what is not a number too
@@ -69,9 +80,10 @@ def _first_key(n_keys, q_norm, own_score, kmax_bits, slope):
 @triton.jit
 def _note_norm(kmax, k):
     """Let the head's largest squared norm be at least k's; a key that is not a number must not widen every window."""
-    norm2 = tl.sum(k.to(tl.float32) * k.to(tl.float32), 0)
+    norm2 = tl.sum(k * k, 0)
     norm2 = tl.where(norm2 < float("inf"), norm2, 0.0)
-    tl.atomic_max(kmax, norm2.to(tl.int32, bitcast=True))
+    # Later launches read it, and the end of this one orders that: no fences.
+    tl.atomic_max(kmax, norm2.to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -111,18 +123,21 @@ def _write_kv(
     source = kv + token.to(tl.int64) * kv_stride + head * D + d
     k = tl.load(source, mask=mask, other=0.0)
     v = tl.load(source + n_heads * D, mask=mask, other=0.0)
-    _note_norm(kmax + head, k)
-    _store_kv(k, v, cache, scales, place, half, d, mask, D, INT8)
+    _store_kv(k, v, cache, scales, kmax + head, place, half, d, mask, D, INT8)
 
 
 @triton.jit
-def _store_kv(k, v, cache, scales, place, half, d, mask, D: tl.constexpr, INT8: tl.constexpr):
-    """Store k and v [D] at token `place` of the cache; `half` tokens lie between keys and values."""
+def _store_kv(k, v, cache, scales, kmax, place, half, d, mask, D: tl.constexpr, INT8: tl.constexpr):
+    """Store k and v [D] at token `place` of the cache; `half` tokens lie between keys and values. Note k's norm
+    as stored, which rounding to 8 bits may make 2 percent longer."""
     if INT8:
         k, k_scale = _quantised(k.to(tl.float32), mask)
         v, v_scale = _quantised(v.to(tl.float32), mask)
+        _note_norm(kmax, k.to(tl.float32) * k_scale)
         tl.store(scales + place, k_scale)
         tl.store(scales + half + place, v_scale)
+    else:
+        _note_norm(kmax, k.to(tl.float32))
     tl.store(cache + place * D + d, k, mask=mask)
     tl.store(cache + (half + place) * D + d, v, mask=mask)
 
@@ -156,7 +171,7 @@ def _decode_attention(
     row, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     half = tl.cast(half, tl.int64)
     lane = tl.load(rows + row).to(tl.int64)
-    n_keys = tl.load(positions + lane).to(tl.int32)  # keys in the cache; the row's own is not there yet
+    n_keys = tl.load(positions + lane).to(tl.int32)  # keys in the cache, without the row's own
     d = tl.arange(0, DP)
     mask = d < D
     query = tl.load(q + row.to(tl.int64) * q_stride + head * D + d, mask=mask, other=0.0).to(tl.float32)
@@ -174,11 +189,6 @@ def _decode_attention(
     end = tl.minimum(start + share, n_keys)
 
     v_own = tl.load(source + n_heads * D, mask=mask & (split == 0), other=0.0)
-    if split == 0:
-        block = tl.load(table + n_keys // _KV_BLOCK).to(tl.int64)
-        place = (block * n_heads + head) * _KV_BLOCK + n_keys % _KV_BLOCK
-        _store_kv(k_own, v_own, cache, scales, place, half, d, mask, D, INT8)
-        _note_norm(kmax + head, k_own)
     best, total = tl.where(split == 0, own, -float("inf")), tl.where(split == 0, 1.0, 0.0)
     out = v_own.to(tl.float32)
 
@@ -194,7 +204,7 @@ def _decode_attention(
         score = tl.sum(k * query[None, :], 1)
         if INT8:
             score *= tl.load(scales + place, mask=live, other=0.0)
-        score += slope * (t - n_keys).to(tl.float32)
+        score += slope * (t - n_keys).to(tl.float32)  # exact up to 2^24 keys, then one rounding of the score
         score = tl.where(live, score, -float("inf"))
         new_best = tl.maximum(best, tl.max(score, 0))
         keep = tl.exp2(best - new_best)
@@ -212,11 +222,39 @@ def _decode_attention(
 
 
 @triton.jit
-def _combine(part_out, part_max, part_sum, out, n_heads, D: tl.constexpr, DP: tl.constexpr, SPLITS: tl.constexpr):
-    """Weigh the splits' partial sums by their maxima; the first split always has the row's own key."""
+def _combine(
+    part_out,
+    part_max,
+    part_sum,
+    out,
+    kv,
+    cache,
+    scales,
+    kmax,
+    table,
+    rows,
+    positions,
+    kv_stride,
+    table_stride,
+    half,
+    n_heads,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    INT8: tl.constexpr,
+):
+    """Weigh the splits' partial sums by their maxima; the first split always has the row's own key. Then store it."""
     row, head = tl.program_id(0), tl.program_id(1)
+    half = tl.cast(half, tl.int64)
     d, s = tl.arange(0, DP), tl.arange(0, SPLITS)
     mask = d < D
+    lane = tl.load(rows + row).to(tl.int64)
+    position = tl.load(positions + lane).to(tl.int32)
+    block = tl.load(table + lane * table_stride + position // _KV_BLOCK).to(tl.int64)
+    place = (block * n_heads + head) * _KV_BLOCK + position % _KV_BLOCK
+    source = kv + row.to(tl.int64) * kv_stride + head * D + d
+    k = tl.load(source, mask=mask, other=0.0)
+    v = tl.load(source + n_heads * D, mask=mask, other=0.0)
     part = (row * n_heads + head) * SPLITS + s
     best = tl.load(part_max + part)
     weight = tl.exp2(best - tl.max(best, 0))
@@ -224,6 +262,7 @@ def _combine(part_out, part_max, part_sum, out, n_heads, D: tl.constexpr, DP: tl
     x = tl.load(part_out + part[:, None].to(tl.int64) * D + d[None, :], mask=mask[None, :], other=0.0)
     x = tl.sum(x * weight[:, None], 0) / total
     tl.store(out + (row.to(tl.int64) * n_heads + head) * D + d, x, mask=mask)
+    _store_kv(k, v, cache, scales, kmax + head, place, half, d, mask, D, INT8)
 
 
 @triton.jit
@@ -340,7 +379,7 @@ class KernelCache:
 
         rows: [M] int32, the lane of each row.  positions: [lanes], the tokens in a lane's cache.
         """
-        n, heads, head_dim = q.shape
+        n, heads, _ = q.shape
         splits = parts.n_splits
         _decode_attention[(n, heads, splits)](
             q,
@@ -368,11 +407,17 @@ class KernelCache:
             parts.best,
             parts.total,
             out,
-            heads,
-            D=head_dim,
-            DP=self._shape["DP"],
+            kv,
+            self.kv,
+            self.scales,
+            self.kmax,
+            self.table,
+            rows,
+            positions,
+            kv_stride=kv.stride(0),
             SPLITS=splits,
             num_warps=4,
+            **self._shape,
         )
 
     def prefill(self, q: Tensor, kv: Tensor, tiles: Tensor, out: Tensor) -> None:
@@ -652,20 +697,33 @@ def _mix(x):
 
 
 @triton.jit
+def _gumbel(bits):
+    """Return Gumbel noise, float32, from the high 24 of 64 random bits, as sampling.py does: finite for all of them."""
+    # From 2^23 on adding a half rounds to an even number. The last one would become 1, and its noise infinite.
+    uniform = (((bits >> 40) & 0xFFFFFF).to(tl.float32) + 0.5) * 5.9604644775390625e-08
+    return -tl.log(-tl.log(tl.minimum(uniform, 1 - 5.9604644775390625e-08)))
+
+
+@triton.jit
 def _threshold(
     about,
     best,
     floor,
-    target,
+    rest,
     N_EOS: tl.constexpr,
     V: tl.constexpr,
     TILE: tl.constexpr,
     MASS: tl.constexpr,
 ):
-    """Return the smallest key t such that tokens with keys over t weigh less than `target`.
+    """Return the smallest key t such that tokens with keys up to t weigh more than `rest`.
 
     A key is _ordered(logit), a weight 1, or with MASS exp(logit - best); tokens with keys below `floor` weigh nothing.
     Every pass over the vocabulary tries eight keys, so eleven find it among 2^32.
+
+    `rest` is what top_k and top_p leave out: V - top_k tokens, or (1 - top_p) of the mass. A sum has some 30 roundings
+    of 2^-24, so an error of up to 2^-19 of itself. From the least likely token up that is 2^-19 of what is left out;
+    from the most likely one down it would be 2^-19 of the mass, more than a top_p of 0.999999 leaves out. Counts are
+    exact up to 2^24 tokens.
     """
     low, high = tl.full([], -(1 << 31), tl.int64), _ordered(best).to(tl.int64)
     eighth = tl.arange(0, 8) + 1
@@ -679,8 +737,8 @@ def _threshold(
             key = _ordered(x)
             weight = tl.exp(x - best) if MASS else tl.where(ids < V, 1.0, 0.0)
             weight = tl.where(key >= floor, weight, 0.0)
-            weights += tl.sum(tl.where(key[None, :] > keys_tried[:, None], weight[None, :], 0.0), 1)
-        enough = weights < target
+            weights += tl.sum(tl.where(key[None, :] <= keys_tried[:, None], weight[None, :], 0.0), 1)
+        enough = weights > rest
         high = tl.min(tl.where(enough, tries, high), 0)
         low = tl.max(tl.where(enough, low, tries), 0)
     return high.to(tl.int32)
@@ -725,7 +783,8 @@ def _sample(
         top, where = tl.max(x, 0, return_indices=True)
         token = tl.where(top > best, i + where, token)
         new_best = tl.maximum(best, top)
-        mass = mass * tl.where(best == new_best, 1.0, tl.exp(best - new_best)) + tl.sum(tl.exp(x - new_best), 0)
+        safe = tl.where(new_best == -float("inf"), 0.0, new_best)  # -inf - -inf is not a number
+        mass = mass * tl.exp(best - safe) + tl.sum(tl.exp(x - safe), 0)
         best = new_best
     finite = (bad == 0) & (best > -float("inf")) & (best < float("inf"))
 
@@ -736,7 +795,7 @@ def _sample(
                 about,
                 best,
                 floor,
-                top_k.to(tl.float32),
+                (V - top_k).to(tl.float32),
                 N_EOS,
                 V,
                 TILE,
@@ -754,7 +813,7 @@ def _sample(
                     about,
                     best,
                     floor,
-                    top_p * mass,
+                    (1 - top_p) * mass,
                     N_EOS,
                     V,
                     TILE,
@@ -767,8 +826,7 @@ def _sample(
             ids = i + tl.arange(0, TILE)
             x = _logits(about, ids, ids < V, N_EOS)
             bits = _mix(base + ids.to(tl.int64) * -7046029254386353131)
-            uniform = (((bits >> 40) & 0xFFFFFF).to(tl.float32) + 0.5) * 5.9604644775390625e-08
-            score = (x - best) - tl.log(-tl.log(uniform))
+            score = (x - best) + _gumbel(bits)
             keep = (_ordered(x) >= floor) & (tl.exp(x - best) >= min_p) & (ids < V)
             top, where = tl.max(tl.where(keep, score, -float("inf")), 0, return_indices=True)
             token = tl.where(top > highest, i + where, token)
@@ -776,11 +834,12 @@ def _sample(
 
     tl.store(sampled + number * 2, token)
     tl.store(sampled + number * 2 + 1, tl.where(finite, 1, 0))
-    tl.store(integers, token)
-    moves = tl.where(lane < n_lanes - 1, 1, 0)  # the padding lane stays where it is
-    tl.store(integers + n_lanes, tl.load(integers + n_lanes) + moves)
-    tl.store(integers + 2 * n_lanes, n_out + 1)
-    if penalised:
+    # The padding lane stays as it is: several rows of a launch may read it. Any other lane is one program's.
+    moves = lane < n_lanes - 1
+    tl.store(integers, token, mask=moves)
+    tl.store(integers + n_lanes, tl.load(integers + n_lanes) + 1, mask=moves)
+    tl.store(integers + 2 * n_lanes, n_out + 1, mask=moves)
+    if penalised & moves:
         tl.store(counts + token, tl.load(counts + token) + 1)
 
 

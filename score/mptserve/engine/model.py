@@ -10,6 +10,7 @@ Attention itself is passed in, so that its keys and values can live wherever the
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -23,12 +24,7 @@ Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
 class Linear(Protocol):
-    """y = norm(x) Wᵀ + b, with the neighbours that a kernel can fuse.
-
-    min_rows: with fewer, other kernels may be taken, that come to other bits.
-    """
-
-    min_rows: int
+    """y = norm(x) Wᵀ + b, with the neighbours that a kernel can fuse."""
 
     def __call__(self, x: Tensor, norm: "Norm | None" = None) -> Tensor: ...
     def gelu(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
@@ -40,17 +36,8 @@ class Linear(Protocol):
         ...
 
 
-@dataclass
-class StepRows:
-    """What a step's rows are. n_direct: the first so many are decoding or of short prompts, the others of long ones."""
-
-    n_direct: int = 0
-
-
 class PlainLinear:
     """A linear layer by PyTorch's own matrix product, on any device."""
-
-    min_rows = 2
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
@@ -75,33 +62,41 @@ class PackedLinear:
     """A linear layer on the CPU with its weight in oneDNN's blocked layout.
 
     1.5 (bfloat16) to 4 times (float32, 8 rows) as fast as F.linear, and a row's bits do not depend on how many rows
-    are computed with it, as long as there are at least two: with one row oneDNN takes another kernel.
+    are computed with it: a single row, for which oneDNN takes another kernel, is computed twice.
     """
-
-    min_rows = 2
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
         self.bias = bias
 
     def __call__(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
-        x = x if norm is None else norm(x)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
+        return self._product(x if norm is None else norm(x), "none")
 
     def gelu(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
-        x = x if norm is None else norm(x)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
-        return y
+        return self._product(x if norm is None else norm(x), "gelu")
 
     def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        n = len(x)
+        if n == 1:
+            x, residual = x.repeat(2, 1), residual.repeat(2, 1)
         y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
-        return y
+        return y[:n]
+
+    def _product(self, x: Tensor, activation: str) -> Tensor:
+        n = len(x)
+        if n == 1:
+            x = x.repeat(2, 1)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "none")
+        return y[:n]
 
 
+@cache
 def can_pack(dtype: torch.dtype) -> bool:
-    """Whether this CPU build of PyTorch has oneDNN's packed linears for `dtype`."""
-    return torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
+    """Whether oneDNN has packed linears for `dtype` on this processor; tried once, by computing one."""
+    try:
+        return bool(PackedLinear(torch.eye(32, dtype=dtype))(torch.ones(2, 32, dtype=dtype)).eq(1).all())
+    except (RuntimeError, AttributeError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -147,8 +142,7 @@ class MPT:
     """A loaded model; built by `weights.py`.
 
     wte: [V, d] embedding, perhaps in fewer bits than the model's dtype.  head: the tied embedding as a linear layer,
-    cut to the rows that have a token.  rows: what the layers of the model may ask about the step that they are in.
-    min_rows: a step's; see Linear.
+    cut to the rows that have a token.
     """
 
     def __init__(
@@ -159,17 +153,13 @@ class MPT:
         norm_f: Norm,
         head: Linear,
         n_tokens: int,
-        rows: StepRows | None = None,
     ) -> None:
         self.config, self.wte, self.blocks, self.norm_f, self.head = config, wte, blocks, norm_f, head
-        self.n_tokens, self.rows = n_tokens, rows or StepRows()
+        self.n_tokens = n_tokens
         self.device, self.dtype = wte.device, norm_f.weight.dtype
-        linears = [head, *(x for b in blocks for x in (b.Wqkv, b.out_proj, b.up_proj, b.down_proj))]
-        self.min_rows = max(linear.min_rows for linear in linears)
 
-    def hidden(self, token_ids: Tensor, attend: Attend, n_direct: int = 0) -> Tensor:
-        """Return the last layer's normed output, [N, d], for token_ids [N]; n_direct: see StepRows."""
-        self.rows.n_direct = n_direct
+    def hidden(self, token_ids: Tensor, attend: Attend) -> Tensor:
+        """Return the last layer's normed output, [N, d], for token_ids [N]."""
         x = F.embedding(token_ids, self.wte).to(self.dtype)
         for layer, block in enumerate(self.blocks):
             x = block(layer, x, attend, self.config)

@@ -12,7 +12,7 @@ from torch import Tensor
 from mptserve.engine.attention import Chunk, Row
 from mptserve.engine.model import MPT
 from mptserve.engine.sampling import Sampled, sample
-from mptserve.engine.sequence import BLOCK, Sequence
+from mptserve.engine.sequence import Sequence
 from mptserve.engine.threads import StepThreads
 
 Plan = Callable[[int, Tensor, Tensor], Tensor]
@@ -46,15 +46,6 @@ class StepRunner(Protocol):
     def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[int] = ()) -> Launched: ...
 
 
-def _is_long(chunk: Chunk) -> bool:
-    """Whether a prompt's rows are worth weights unpacked for them (quantized.py).
-
-    A prompt of less than a block neither shares its keys and values nor takes another's, so all that it depends on
-    has been computed in the same way as itself, whoever else was there.
-    """
-    return chunk.seq.n_prompt >= BLOCK
-
-
 class Runner:
     """Turns a scheduled step into tensors and back. Keeps no state between steps: keys and values live in the cache.
 
@@ -78,7 +69,6 @@ class Runner:
         in a step of its own, and to the same bits where rows do not depend on each other.
         """
         decodes = sorted(decodes, key=lambda s: s.slot)
-        chunks = sorted(chunks, key=_is_long)
         decoding = [Row(s, s.n_computed) for s in decodes]
         ids = [s.token(position) for s, position in decoding]
         for draft in drafts:
@@ -91,21 +81,13 @@ class Runner:
                 ready.append((len(ids) - 1, chunk.seq))
         with self.threads.taking(len(ids)) if self.threads else nullcontext():
             plan = self.attention.plan(decoding, chunks)
-            hidden = self.model.hidden(self._ids(ids), plan, self._n_direct(len(decoding), chunks))
+            hidden = self.model.hidden(self._tensor(ids), plan)
             if not ready:
                 return Launched([], lambda: Sampled([], []))
-            last = hidden[self._ids([i for i, _ in ready])]
+            last = hidden[self._tensor([i for i, _ in ready])]
             rows = [seq for _, seq in ready]
-            sampled = sample(self.model.logits(last)[: len(rows)], rows, self.eos_ids, drafts)
+            sampled = sample(self.model.logits(last), rows, self.eos_ids, drafts)
         return Launched(rows, lambda: sampled, drafts)
 
-    def _n_direct(self, n_decodes: int, chunks: Seq[Chunk]) -> int:
-        """Return how many rows, from the first, are computed as decoding ones; the lone row's copy is one too."""
-        n = n_decodes + sum(c.n for c in chunks if not _is_long(c))
-        return 2 if n == 1 and not any(map(_is_long, chunks)) else n
-
-    def _ids(self, numbers: list[int]) -> Tensor:
-        """Return numbers as a tensor, a single one twice if it must not be alone."""
-        if len(numbers) < self.model.min_rows:
-            numbers = numbers * 2
+    def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=self.model.device)

@@ -5,9 +5,9 @@ So a row's choice does not depend on its place in the batch, on its neighbours, 
 seed gives the same text after a preemption or on another machine with equal logits. Adding Gumbel noise to log
 probabilities and taking the largest is sampling from them (the Gumbel-max trick).
 
-No full sort: the 32 most likely tokens with log probabilities normalised over the whole vocabulary decide most rows;
+No full sort: the 32 most likely tokens with the mass of the whole vocabulary decide most rows;
 the rows whose filters keep more than those are done again over 512, and then over all. All reductions are per row
-(log_softmax, cumsum, topk), so a row's bits do not depend on the batch either.
+(amax, exp_sums, cumsum, topk), so a row's bits do not depend on the batch either.
 """
 
 import math
@@ -15,12 +15,15 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mptserve.engine.sequence import SamplingParams, Sequence, Token, penalty_state
 
 CANDIDATES = (32, 512, 1 << 62)
 """How many of the most likely tokens each try looks at."""
+_SUMMED_TOGETHER = 1024
+"""Values of a row that PyTorch adds up in one piece: few enough that it never splits them between threads."""
 _GOLDEN, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
 """Constants of splitmix64 (Steele, Lea, Flood 2014), as signed 64-bit numbers."""
 
@@ -95,22 +98,25 @@ def _draw(logits: Tensor, rows: Seq[Sequence], n_out: Seq[int], attempt: int = 0
     seeds = torch.tensor([p.seed for p in params], device=device)[:, None]
     steps = torch.tensor(n_out, device=device)[:, None]
 
-    log_p = (logits / temperature).log_softmax(-1)
+    # Relative to the likeliest token, whose score is exactly 0: as on a GPU, no draw depends on how a sum is rounded.
+    scores = logits / temperature
+    scores -= scores.amax(-1, keepdim=True)
     if all(_unfiltered(p) for p in params):
-        every: Tensor = log_p + gumbel(seeds, steps, torch.arange(n_vocab, device=device))
+        every: Tensor = scores.add_(gumbel(seeds, steps, torch.arange(n_vocab, device=device)))
         return every.argmax(-1)
 
+    total = exp_sums(scores)
     k = min(CANDIDATES[attempt], n_vocab)
-    log_p, ids = log_p.topk(k)  # most likely first
-    rank = torch.arange(k, device=device)
-    keep = rank < top_k
-    if any(p.top_k for p in params):  # top_p counts the mass of what top_k left
-        log_p = torch.where(top_k < n_vocab, log_p.masked_fill(~keep, -torch.inf).log_softmax(-1), log_p)
-    p = log_p.exp()
-    keep &= (p.cumsum(-1) - p < top_p) | (top_p >= 1)
-    keep &= p >= min_p * p[:, :1]
-    chosen = (log_p + gumbel(seeds, steps, ids)).masked_fill_(~keep, -torch.inf).argmax(-1, keepdim=True)
-    drawn: Tensor = ids.gather(-1, chosen)[:, 0]
+    scores, ids = scores.topk(k)  # most likely first
+    keep = torch.arange(k, device=device) < top_k
+    weights = scores.exp().double()
+    mass = weights.masked_fill(~keep, 0).cumsum(-1)
+    total = torch.where(top_k < n_vocab, mass[:, -1:], total)  # top_p counts the mass of what top_k left
+    keep &= (mass - weights < top_p * total) | (top_p >= 1)
+    keep &= weights >= min_p
+    scores = scores.add_(gumbel(seeds, steps, ids)).masked_fill_(~keep, -torch.inf)
+    # Of equal scores the lowest id, which `argmax` over the whole vocabulary finds too.
+    drawn: Tensor = ids.masked_fill(scores < scores.amax(-1, keepdim=True), n_vocab).amin(-1)
 
     if k < n_vocab:  # a row whose last candidate was still good may keep more behind it
         # A top_k beyond k has not been normalised right, whatever was kept.
@@ -131,8 +137,27 @@ def gumbel(seeds: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
     The same bits of randomness on every device: integer arithmetic that wraps, then 24 bits to (0, 1).
     """
     x = _mix(_mix(seeds + steps * _GOLDEN) + ids * _GOLDEN)
-    uniform = (((x >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    return gumbel_of((x >> 40) & 0xFFFFFF)
+
+
+def gumbel_of(k: Tensor) -> Tensor:
+    """Return the Gumbel noise, float32, of 24 random bits k (int64): -log(-log(u)) with u = (k + 1/2) / 2^24.
+
+    Above 2^23 float32 has no halves, and k + 1/2 is rounded to an even neighbour. For the largest k that is 2^24: u
+    would be 1 and the noise infinite, so u is limited to the largest float32 below 1.
+    """
+    uniform = ((k.to(torch.float32) + 0.5) * 2.0**-24).clamp_max_(1 - 2.0**-24)
     return -(-uniform.log()).log()
+
+
+def exp_sums(scores: Tensor) -> Tensor:
+    """Return the sum of exp(scores) of each row, [n, 1] float64, for scores [n, V] of at most 0.
+
+    In blocks, whose sums are added in float64: `log_softmax` adds one value after the other in float32, and loses up to
+    1e-4 of the mass of 50,000 unlikely tokens beside a likely one. A row's bits do not depend on the other rows.
+    """
+    exps = F.pad(scores.exp(), (0, -scores.shape[-1] % _SUMMED_TOGETHER))
+    return exps.view(len(exps), -1, _SUMMED_TOGETHER).sum(-1).double().sum(-1, keepdim=True)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -153,7 +178,11 @@ def derived_seed(seed: int, sequence: int) -> int:
 def _log_probabilities(logits: Tensor, rows: Seq[Sequence]) -> dict[int, Tensor]:
     """Return the model's own log probabilities [V] of the rows that report them, by row number."""
     wanted = [i for i, seq in enumerate(rows) if seq.params.logprobs is not None]
-    return dict(zip(wanted, logits[wanted].log_softmax(-1), strict=True)) if wanted else {}
+    if not wanted:
+        return {}
+    relative = logits[wanted]
+    relative -= relative.amax(-1, keepdim=True)
+    return dict(zip(wanted, (relative - exp_sums(relative).log()).float(), strict=True))
 
 
 def _token(i: int, id: int, seq: Sequence, raw: dict[int, Tensor]) -> Token:

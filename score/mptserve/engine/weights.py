@@ -15,9 +15,8 @@ from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import MPTConfig
 from mptserve.engine.cpu_kernels import CompiledLinear, why_no_cpu_kernels
 from mptserve.engine.memory import available_bytes, give_back_freed
-from mptserve.engine.model import MPT, Block, Linear, Norm, PackedLinear, PlainLinear, StepRows, can_pack
-from mptserve.engine.quantization import GROUP, Quantized, check_quantizable, is_quantized, quantize, weight_bytes
-from mptserve.engine.quantized import Int4Linear, Int8Linear, require_cpu_support
+from mptserve.engine.model import MPT, Block, Linear, Norm, PackedLinear, PlainLinear, can_pack
+from mptserve.engine.quantization import Quantized, check_quantizable, is_quantized, quantize, weight_bytes
 from mptserve.errors import BadSetting, DoesNotFit
 
 log = logging.getLogger(__name__)
@@ -30,24 +29,27 @@ MIN_KV_TOKENS = 2048
 class Placement:
     """Where a model runs. kv_dtype: of the keys and values, float32 on a CPU (see kv_cache.py), the model's own or
     int8 on a GPU.  kernels: whether our own run there, Triton's on a GPU, those in C on a CPU.  quant: None, or how
-    linear weights are held.  halves: whether a float32 model holds its weights in the bfloat16 that they came in."""
+    linear weights are held.  bf16_weights: whether the kernels in C compute with bfloat16 weights, for a float32 model
+    whose checkpoint is bfloat16, or a bfloat16 model on a processor without bfloat16 instructions."""
 
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype = torch.float32
     kernels: bool = False
     quant: str | None = None
-    halves: bool = False
+    bf16_weights: bool = False
 
     @property
     def weights(self) -> str:
         """What the linear layers' weights are held in, in words."""
-        return self.quant or str(torch.bfloat16 if self.halves else self.dtype)
+        return self.quant or str(torch.bfloat16 if self.bf16_weights else self.dtype)
 
     def weight_bytes(self, config: MPTConfig) -> int:
         """Return the bytes that the loaded weights take, which is also about what a decode step reads."""
-        copy = config.vocab_size * config.d_model * 2 if self.halves and config.tie_word_embeddings else 0  # the head
-        return weight_bytes(config, self.quant, 2 if self.halves else self.dtype.itemsize) + copy
+        copy = (
+            config.vocab_size * config.d_model * 2 if self.bf16_weights and config.tie_word_embeddings else 0
+        )  # the head
+        return weight_bytes(config, self.quant, 2 if self.bf16_weights else self.dtype.itemsize) + copy
 
     def kv_bytes_per_token(self, config: MPTConfig) -> int:
         """Return the bytes that one token's keys and values take over all layers, 8-bit ones with their scales."""
@@ -88,13 +90,7 @@ def choose_placement(
     if kv_dtype == "int8" and where.type == "cpu":
         raise BadSetting("MPT_KV_DTYPE int8 is for GPUs; a CPU reads float32 keys and values faster")
     if where.type == "cpu":
-        missing = why_no_cpu_kernels()
-        if missing:
-            log.warning("no compiled kernels, PyTorch's operations instead, which are slower: %s", missing)
-            if quant is not None:
-                require_cpu_support(quant)
-        halves = not missing and quant is None and chosen == torch.float32 and stored == torch.bfloat16
-        return Placement(where, chosen, kernels=not missing, quant=quant, halves=halves)
+        return _on_cpu(where, chosen, quant, stored)
     missing = why_no_kernels(where)
     if missing and quant is not None:
         raise BadSetting(f"MPT_QUANT {quant} needs the Triton kernels, which do not run on this GPU: {missing}")
@@ -103,12 +99,41 @@ def choose_placement(
     return Placement(where, chosen, torch.int8 if kv_dtype == "int8" else chosen, kernels=not missing, quant=quant)
 
 
+def _on_cpu(where: torch.device, dtype: torch.dtype, quant: str | None, stored: torch.dtype) -> Placement:
+    """Return the placement on a CPU.
+
+    Which product computes with bfloat16 weights is a table, not a measurement, so that a restart gives the same bits:
+    oneDNN's where the processor multiplies bfloat16 itself (AVX512-BF16, AMX), at twice the rate of float32; ours
+    everywhere else, since oneDNN emulates it there, or has no such product at all (AVX2).
+    """
+    missing = why_no_cpu_kernels()
+    if not missing:
+        ours = stored == torch.bfloat16 if dtype == torch.float32 else not _has_bf16_product()
+        return Placement(where, dtype, kernels=True, quant=quant, bf16_weights=ours and quant is None)
+    if quant is not None:
+        raise BadSetting(
+            f"MPT_QUANT {quant} needs the kernels in C, which cannot run here: {missing}. "
+            "Unquantized weights in float32 can"
+        )
+    if not can_pack(dtype):
+        raise BadSetting(
+            f"MPT_DTYPE {str(dtype).removeprefix('torch.')} needs the kernels in C, which cannot run here ({missing}), "
+            "or a processor with AVX-512. float32 can run"
+        )
+    log.warning("no compiled kernels, PyTorch's operations instead, which are slower: %s", missing)
+    return Placement(where, dtype)
+
+
+def _has_bf16_product() -> bool:
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(native) and can_pack(torch.bfloat16)
+
+
 def _best_dtype(device: torch.device) -> str:
     """bfloat16 where there are instructions for it: half the bytes to read, and decoding is reading."""
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if _has_bf16_product() else "float32"
 
 
 def check_fit(config: MPTConfig, place: Placement, max_seq_len: int) -> None:
@@ -136,9 +161,9 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
     On a CPU tensors go one by one from the file to their place, so the peak is the model and one tensor; a GPU gets
     them from several readers at once.
     """
-    make, rows = _linear_maker(place), StepRows()
+    make = _linear_maker(place)
     stored = None if place.device.type == "cpu" else place.dtype  # there, layers choose by what they are given
-    make_quantized = _quantized_maker(place, rows)
+    make_quantized = _quantized_maker(place)
     progress = _Progress(reader.n_bytes)
     on_gpu: dict[str, Tensor] = {}
     codes_on_gpu: dict[str, Quantized] = {}
@@ -196,7 +221,7 @@ def load_model(reader: WeightReader, config: MPTConfig, place: Placement, n_toke
         blocks = [block(i) for i in range(config.n_layers)]
         n_tokens = min(n_tokens, config.vocab_size)
         head = wte if config.tie_word_embeddings else tensor("lm_head.weight", stored)
-        model = MPT(config, wte, blocks, norm("transformer.norm_f"), head_linear(head[:n_tokens]), n_tokens, rows)
+        model = MPT(config, wte, blocks, norm("transformer.norm_f"), head_linear(head[:n_tokens]), n_tokens)
     give_back_freed()
     progress.done()
     return model
@@ -226,26 +251,21 @@ def _linear_maker(place: Placement) -> Callable[[Tensor, Tensor | None], Linear]
         return KernelLinear
 
     def make(weight: Tensor, bias: Tensor | None) -> Linear:
-        if place.halves and weight.dtype == torch.bfloat16 and weight.shape[1] % GROUP == 0:
-            return CompiledLinear(weight, bias)
+        # In a float32 model, tensors that the checkpoint has in float32 stay so.
+        if place.bf16_weights and torch.bfloat16 in (weight.dtype, place.dtype):
+            return CompiledLinear(weight.to(torch.bfloat16), bias)
         return (PackedLinear if can_pack(place.dtype) else PlainLinear)(weight.to(place.dtype), bias)
 
     return make
 
 
-def _quantized_maker(place: Placement, rows: StepRows) -> Callable[[Quantized, Tensor | None], Linear]:
+def _quantized_maker(place: Placement) -> Callable[[Quantized, Tensor | None], Linear]:
     """Return what makes a layer of codes. The output head's are 8-bit in either method."""
-    if place.device.type != "cpu":
-        from mptserve.engine.gpu_linear import KernelLinear  # needs Triton
+    if place.device.type == "cpu":
+        return CompiledLinear
+    from mptserve.engine.gpu_linear import KernelLinear  # needs Triton
 
-        return KernelLinear
-
-    def make(weight: Quantized, bias: Tensor | None) -> Linear:
-        if place.kernels and weight.n_in % GROUP == 0:
-            return CompiledLinear(weight, bias)
-        return Int8Linear(weight, bias) if weight.zero is None else Int4Linear(weight, bias, rows)
-
-    return make
+    return KernelLinear
 
 
 _READERS = 8
