@@ -1,4 +1,4 @@
-# Every command that the README names. The first one makes .venv and installs what is needed.
+# Every command that the README and docs/ name. The first one makes .venv and installs what is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-ch
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo serve openai azure-local test test-long test-cpus test-all check check-specs format bench clean
+.PHONY: help install demo serve openai azure-local test test-long test-cpus test-all check check-specs docs format bench clean
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -54,18 +54,27 @@ check: install ## Format check, lint, types, generated docs up to date
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m mptserve.docs --check README.md
+	@$(BIN)/python tools/docs.py --check
 
 check-specs: install ## Whether the YAML in endpoint/ is right, by Microsoft's loader and our rules; PATHS=my-folder for yours
 	@$(BIN)/mptserve check $(or $(PATHS),endpoint)
 
+docs: install $(VENV)/.documented docs/notebooks/.run ## Run the notebooks and build the documentation into site/; a broken link fails
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+$(VENV)/.documented: pyproject.toml constraints.txt
+	@$(PIP) -e '.[docs]'
+	@touch $@
+docs/notebooks/.run: tools/notebooks.py $(wildcard notebooks/*.ipynb) | install
+	@$(BIN)/python tools/notebooks.py
+	@touch $@
+
 format: install ## Reformat, fix what lint can, refresh generated docs
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format .
-	@$(BIN)/python -m mptserve.docs README.md
+	@$(BIN)/python tools/docs.py
 
 bench: $(VENV)/.installed ## Measure this machine: our engine beside transformers, the server under load; ARGS=--quick for a minute
 	@$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 clean: ## Remove what make made
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis score/mptserve.egg-info
+	rm -rf $(VENV) site docs/notebooks .pytest_cache .mypy_cache .ruff_cache .hypothesis score/mptserve.egg-info

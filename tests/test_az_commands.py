@@ -21,6 +21,7 @@ ENDPOINT = ROOT / "endpoint"
 OVERLAYS = ENDPOINT / "online" / "overlays"
 PAGES = [
     ROOT / "README.md",
+    *sorted(ROOT.glob("docs/*.md")),
     *sorted(ENDPOINT.rglob("*.md")),
     *sorted(ENDPOINT.rglob("*.sh")),
     *sorted(ENDPOINT.rglob("*.yml")),
@@ -49,7 +50,14 @@ def changes(command: AzCommand) -> dict[str, str]:
 
 def test_there_are_commands_to_check() -> None:
     assert len(SHOWN) > 30
-    assert {Path(command.source).name for command in SHOWN} >= {"README.md", "rollout.sh", "blue.yml", "key-vault.yml"}
+    assert {Path(command.source).name for command in SHOWN} >= {
+        "README.md",
+        "azure-online.md",
+        "azure-batch.md",
+        "rollout.sh",
+        "blue.yml",
+        "key-vault.yml",
+    }
 
 
 @pytest.mark.parametrize("command", SHOWN, ids=called)

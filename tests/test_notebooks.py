@@ -10,25 +10,19 @@ pytest.importorskip("nbclient", reason="needs the extra `notebooks`")
 pytest.importorskip("azure.ai.ml", reason="needs the extra `notebooks`")
 
 import nbformat
-from nbclient import NotebookClient
 
 from desk import desk_in
 from local_azure.azure import settings_text
+from notebooks import execute, write
 from serving import ROOT
 
 FOLDER = ROOT / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 
-def run(name: str, monkeypatch: pytest.MonkeyPatch, more_settings: str = "") -> list[Any]:
+def run(name: str, more_settings: str = "") -> list[Any]:
     """Run a notebook with a line or two after its first cell's settings; return its code cells with their outputs."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "score"))
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    notebook = nbformat.read(FOLDER / name, as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    cells[0].source += "\n" + more_settings
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER)}}).execute()
-    return cells
+    return [cell for cell in execute(FOLDER / name, more_settings) if cell.cell_type == "code"]
 
 
 def value(cells: list[Any], source: str) -> Any:
@@ -42,9 +36,9 @@ def shows_a_picture(cell: Any) -> bool:
 
 
 @pytest.mark.slow
-def test_online_notebook_deploys_rolls_out_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_online_notebook_deploys_rolls_out_and_cleans_up(tmp_path: Path) -> None:
     with desk_in(tmp_path) as desk:
-        cells = run("online.ipynb", monkeypatch, settings_text(desk.azure))
+        cells = run("online.ipynb", settings_text(desk.azure))
         assert list(desk.client.online_endpoints.list()) == []
         assert [m.name for m in desk.client.models.list("mpt-8m")] == ["mpt-8m"]
     assert "'Succeeded'" in value(cells, "blue.provisioning_state")[-1]
@@ -59,9 +53,9 @@ def test_online_notebook_deploys_rolls_out_and_cleans_up(tmp_path: Path, monkeyp
 
 
 @pytest.mark.slow
-def test_batch_notebook_scores_shows_and_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_notebook_scores_shows_and_cleans_up(tmp_path: Path) -> None:
     with desk_in(tmp_path) as desk:
-        cells = run("batch.ipynb", monkeypatch, settings_text(desk.azure))
+        cells = run("batch.ipynb", settings_text(desk.azure))
         assert list(desk.client.batch_endpoints.list()) == []
     assert "COMPLETED" in value(cells, "job = run()")[-1]
     assert "'rows': 20" in value(cells, "summary.json")[-1]
@@ -72,8 +66,8 @@ def test_batch_notebook_scores_shows_and_cleans_up(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_local_notebook_generates_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    cells = run("local.ipynb", monkeypatch)
+def test_local_notebook_generates_and_draws() -> None:
+    cells = run("local.ipynb")
     assert sum(shows_a_picture(cell) for cell in cells) >= 2
 
 
@@ -82,6 +76,24 @@ def test_notebook_is_committed_without_outputs(path: Path) -> None:
     notebook = json.loads(path.read_text(encoding="utf-8"))
     code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert [cell["id"] for cell in code if cell["outputs"] or cell["execution_count"] is not None] == []
+
+
+def test_a_page_has_the_outputs_and_not_the_settings_of_the_run(tmp_path: Path) -> None:
+    made = nbformat.v4.new_notebook()
+    made.cells = [
+        nbformat.v4.new_markdown_cell("# Title\n\nA [link](../README.md)."),
+        nbformat.v4.new_code_cell("import sys\nsecret = 1\nprint('a bar', file=sys.stderr)"),
+        nbformat.v4.new_code_cell("print('```', flush=True)\nprint('\\x1b[32mmore')\nsecret + later"),
+    ]
+    nbformat.write(made, tmp_path / "made.ipynb")
+    write("made", execute(tmp_path / "made.ipynb", "later = 2"), tmp_path / "pages")
+    page = (tmp_path / "pages" / "made.md").read_text(encoding="utf-8")
+    assert page.startswith("# Title\n\n!!! note\n")
+    assert "A [link](../../README.md)." in page
+    assert "file=sys.stderr)\n```\n\n````python\nprint" in page, "no output of the first cell"
+    assert '```` text title="Output"\n```\nmore\n````' in page
+    assert '``` text title="Output"\n3\n```' in page
+    assert "later = 2" not in page
 
 
 def test_every_notebook_is_run_by_a_test() -> None:

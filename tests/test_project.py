@@ -117,8 +117,8 @@ def test_every_package_is_packaged(project):
     assert set(project["tool"]["setuptools"]["packages"]) == found
     data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     packages = {".".join(path.parent.relative_to(SCORE).parts) for path in data}
-    assert {path.suffix for path in data} == {".json", ".html", ".c"}
-    others = {"mptserve": ["*.json", "*.html"], "mptserve.engine": ["*.c"]}
+    assert {path.suffix for path in data} == {".json", ".html", ".c", ".typed"}
+    others = {"mptserve": ["*.json", "*.html", "py.typed"], "mptserve.engine": ["*.c"]}
     assert project["tool"]["setuptools"]["package-data"] == {name: others.get(name, ["*.json"]) for name in packages}
 
 
@@ -152,8 +152,9 @@ def test_score_is_a_folder_and_no_package():
     assert not (SCORE / "__init__.py").exists()
 
 
-def test_every_sample_is_used_by_a_test_or_named_in_a_readme():
-    readers = [*ROOT.glob("tests/*.py"), *ROOT.glob("*.md"), *ROOT.glob("samples/**/README.md"), *PACKAGE.glob("*.py")]
+def test_every_sample_is_used_by_a_test_or_named_in_the_documentation():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("samples/**/README.md")]
+    readers = [*ROOT.glob("tests/*.py"), *pages, *PACKAGE.glob("*.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in readers)
     samples = [path for path in (ROOT / "samples").rglob("*") if path.is_file()]
     assert len(samples) > 5

@@ -1,4 +1,4 @@
-"""Every file in samples/online through the real server, and the commands that the README shows."""
+"""Every file in samples/online through the real server, and the commands that the documentation shows."""
 
 import json
 import re
@@ -106,12 +106,13 @@ def test_serve_prints_a_curl_line_that_works() -> None:
             process.wait(30)
 
 
-def test_every_make_target_in_the_readme_exists_and_is_described() -> None:
+def test_every_make_target_in_the_documentation_exists_and_is_described() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):.*##", makefile, flags=re.MULTILINE))
-    named = set(re.findall(r"`make ([a-z-]+)`", (ROOT / "README.md").read_text(encoding="utf-8")))
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    named = set(re.findall(r"`make ([a-z-]+)`", "\n".join(path.read_text(encoding="utf-8") for path in pages)))
     assert named <= targets
-    assert {"demo", "serve", "test", "test-all", "check", "bench"} <= named
+    assert named >= targets - {"help", "install", "clean"}, "and every target is explained"
 
 
 @pytest.mark.slow

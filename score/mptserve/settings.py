@@ -1,6 +1,6 @@
 """Every environment variable of the package, read once into a frozen dataclass.
 
-The README's table of settings is made from `FIELDS` below (docs.py).
+The table in docs/configuration.md is made from `FIELDS` below (tools/docs.py).
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ class Settings:
     kv_dtype: str = _setting(
         "MPT_KV_DTYPE",
         "auto",
-        "keys and values on a GPU; auto: the model's dtype; int8: half the memory and reading, error below 1 %",
+        "keys and values on a GPU; auto: the model's dtype; int8: half of the memory, error below 1 %",
         choices=("auto", "int8"),
     )
     max_seq_len: int = _setting(
@@ -74,8 +74,8 @@ class Settings:
     speculate_tokens: int = _setting(
         "MPT_SPECULATE_TOKENS",
         0,
-        "tokens guessed ahead, up to 15, for a sequence that runs alone and repeats itself; answers stay as they are; "
-        "0: none",
+        "most draft tokens of speculative decoding, up to 15, for a sequence that runs alone and repeats itself; "
+        "answers stay the same; 0: off",
         high=15,
     )
     deadline_ms: int = _setting(
@@ -109,7 +109,7 @@ class Settings:
         choices=("auto", *CHAT_TEMPLATES),
     )
     api_keys_file: str = _setting(
-        "MPT_API_KEYS_FILE", "", "container door: a file with one API key per line, read again when it changes"
+        "MPT_API_KEYS_FILE", "", "OpenAI server: a file with one API key per line, read again when it changes"
     )
     content_safety_endpoint: str = _setting(
         "MPT_CONTENT_SAFETY_ENDPOINT", "", "Azure AI Content Safety that judges prompts and answers; empty: none"

@@ -41,6 +41,6 @@ def check_variables(document: Document, *inside: str) -> Iterator[Problem]:
 
 def _nearest(name: str, known: list[str]) -> str:
     if name in known:
-        return "the README's table of settings has the ranges"
+        return "docs/configuration.md has the ranges"
     near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else "the README's table has every setting"
+    return f"did you mean {near[0]}?" if near else "docs/configuration.md has every setting"

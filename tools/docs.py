@@ -1,7 +1,8 @@
-"""Writes what would otherwise be written twice: the README's tables of parameters and settings, from the schema and the
-settings themselves, and conda.yaml's variants with other builds of PyTorch.
+"""Writes what would otherwise be written twice: the tables of request parameters and settings in docs/, from the schema
+and the settings themselves, and conda.yaml's variants with other builds of PyTorch.
 
-python -m mptserve.docs [--check] README.md
+python tools/docs.py            refreshes the files
+python tools/docs.py --check    only says which are out of date; status 1 when one is
 """
 
 import json
@@ -13,27 +14,37 @@ from typing import Any
 from mptserve.request import request_schema
 from mptserve.settings import FIELDS, Settings
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def main(argv: list[str]) -> int:
-    """Refresh the file's tables, and the conda files beside it; with --check only say whether they are up to date."""
-    path = Path(argv[-1])
-    text = path.read_text(encoding="utf-8")
-    fresh = text
-    for name, table in (("parameters", parameter_table()), ("settings", setting_table())):
-        places = list(re.finditer(rf"<!-- {name}: .*?<!-- end -->", fresh, flags=re.DOTALL))
-        if len(places) != 1:
-            sys.exit(f"{path} must have one place for the {name}, found {len(places)}")
-        start, end = places[0].span()
-        fresh = f"{fresh[:start]}<!-- {name}: made by `make format` -->\n{table}\n<!-- end -->{fresh[end:]}"
-    made = {path: fresh} | conda_variants(path.parent)
+    """Refresh the generated parts; with --check only say whether they are up to date."""
+    made = {
+        path: with_table(path, name, table)
+        for path, name, table in (
+            (ROOT / "docs" / "request.md", "parameters", parameter_table()),
+            (ROOT / "docs" / "configuration.md", "settings", setting_table()),
+        )
+    }
+    made |= conda_variants(ROOT)
     stale = [file for file, content in made.items() if file.read_text(encoding="utf-8") != content]
     if "--check" in argv:
         for file in stale:
-            print(f"{file} is out of date: run `make format`")
+            print(f"{file.relative_to(ROOT)} is out of date: run `make format`")
         return int(bool(stale))
     for file in stale:
         file.write_text(made[file], encoding="utf-8")
     return 0
+
+
+def with_table(path: Path, name: str, table: str) -> str:
+    """Return the page's text with the table between its markers `<!-- NAME: ... -->` and `<!-- end -->`."""
+    text = path.read_text(encoding="utf-8")
+    places = list(re.finditer(rf"<!-- {name}: .*?<!-- end -->", text, flags=re.DOTALL))
+    if len(places) != 1:
+        sys.exit(f"{path} must have one place for the {name}, found {len(places)}")
+    start, end = places[0].span()
+    return f"{text[:start]}<!-- {name}: made by `make format` -->\n{table}\n<!-- end -->{text[end:]}"
 
 
 def conda_variants(root: Path) -> dict[Path, str]:
