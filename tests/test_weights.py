@@ -1,6 +1,7 @@
 """Placement, preflight and loading."""
 
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from engines import all_logits, generate, random_ids
 from mptserve.engine import SamplingParams
 from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import parse_config
+from mptserve.engine.cpu_kernels import why_no_cpu_kernels
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.engine.weights import Placement, check_fit, choose_placement, load_model
 from mptserve.errors import BadSetting, DoesNotFit
@@ -94,6 +96,29 @@ def test_without_kernels_float32_computes_and_the_rest_is_refused_in_one_line(
     assert choose_placement("cpu", "bfloat16") == Placement(CPU, torch.bfloat16)
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("quant", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+def test_every_combination_of_settings_generates_or_is_refused_in_one_line(
+    device: str, dtype: str, quant: str, kv_dtype: str, tmp_path: Path
+) -> None:
+    """On this processor; `make test-cpus` asks it of others."""
+    raw = tiny_config(n_layers=1)
+    write_checkpoint(tmp_path, raw, dtype=torch.bfloat16)
+    options = EngineOptions(device, dtype, quant, kv_dtype, kv_cache_gb=0.01, cpu_threads=1)
+    try:
+        engine = start_engine(tmp_path, parse_config(raw), 128, options)
+    except BadSetting as exc:
+        refused = str(exc)
+    else:
+        assert len(generate(engine, [5] * 40, max_new_tokens=3, ignore_eos=True)) == 3
+        engine.close()
+        return
+    assert "\n" not in refused
+    assert any(word in refused for word in (" can", "for GPUs", "no usable GPU"))  # what is missing, or what can run
+
+
 def test_float16_on_a_cpu_and_a_missing_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BadSetting, match="MPT_DTYPE float16 is for GPUs"):
@@ -122,6 +147,22 @@ def test_the_preflight_says_in_numbers_what_does_not_fit(monkeypatch: pytest.Mon
         check_fit(parse_config(MPT_7B), Placement(CPU, torch.bfloat16), 2048)
     monkeypatch.setattr("mptserve.engine.weights.available_bytes", lambda _: 16e9)
     check_fit(parse_config(MPT_7B), Placement(CPU, torch.bfloat16), 2048)
+
+
+def test_the_thread_that_starts_an_engine_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its OpenMP pool would stay, and the engine's threads then sleep after every operation: half the speed."""
+    computing = []
+
+    def tried() -> str:
+        computing.append(threading.current_thread())
+        return why_no_cpu_kernels()
+
+    monkeypatch.setattr("mptserve.engine.weights.why_no_cpu_kernels", tried)
+    raw = tiny_config()
+    write_checkpoint(tmp_path, raw)
+    start_engine(tmp_path, parse_config(raw), 128, EngineOptions(device="cpu", cpu_threads=1)).close()
+    assert computing
+    assert threading.current_thread() not in computing
 
 
 def test_a_kv_cache_smaller_than_two_blocks_is_refused(tmp_path: Path) -> None:

@@ -57,22 +57,22 @@ def start_engine(
     started = time.monotonic()
     quant = chosen_quant(options.quant, config)
     reader = WeightReader(folder, config)
-    place = choose_placement(options.device, options.dtype, options.kv_dtype, quant, reader.dtype)
     max_seq_len = options.max_seq_len or config.max_seq_len
-    check_fit(config, place, max_seq_len)
     n_threads = options.cpu_threads or available_cores()
 
     @torch.inference_mode()
-    def load() -> tuple[MPT, ThreadSpeed | None]:
+    def load() -> tuple[Placement, MPT, ThreadSpeed | None]:
+        place = choose_placement(options.device, options.dtype, options.kv_dtype, quant, reader.dtype)
+        check_fit(config, place, max_seq_len)
         torch.set_num_threads(n_threads)
         model = load_model(reader, config, place, n_tokens)
-        return model, measure_thread_speed(model) if place.device.type == "cpu" else None
+        return place, model, measure_thread_speed(model) if place.device.type == "cpu" else None
 
-    # On a thread of its own, which ends: OpenMP keeps a pool of threads for every thread that ever computed, and as
-    # soon as all pools together outnumber the cores, its threads sleep between operations instead of standing by,
-    # which halves the speed of small models.
+    # All that computes runs on a thread of its own, which ends, the trial of the kernels too: OpenMP keeps a pool of
+    # threads for every thread that ever computed, and as soon as all pools together outnumber the cores, its threads
+    # sleep between operations instead of standing by, which halves the speed of small models.
     with ThreadPoolExecutor(max_workers=1) as loader:
-        model, speed = loader.submit(load).result()
+        place, model, speed = loader.submit(load).result()
     if place.device.type == "cpu" or not place.kernels:  # a GPU's warm up while they capture graphs
         _warm_up(assemble(model, place, min(max_seq_len, 4 * BLOCK), options, speed))
     engine = assemble(model, place, max_seq_len, options, speed, on_finish=on_finish, on_failure=on_failure)
