@@ -105,9 +105,7 @@ def quantized_model(folder: Path, raw: dict[str, object], method: str) -> MPT:
     config = parse_config(raw)
     maker = weights._quantized_maker
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            weights, "_quantized_maker", lambda _, rows: maker(Placement(torch.device("cuda"), torch.float32), rows)
-        )
+        patch.setattr(weights, "_quantized_maker", lambda _: maker(Placement(torch.device("cuda"), torch.float32)))
         place = Placement(CPU, torch.float32, quant=method)
         return load_model(WeightReader(folder, config), config, place, 10**9)
 
