@@ -30,6 +30,7 @@ class Processor:
     no_kernels: str = ""
     bf16_instructions: bool = False
     onednn_packs_bf16: bool = True
+    onednn_packs_float32: bool = True
 
 
 @pytest.fixture
@@ -39,7 +40,8 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Processor], None]:
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: this.bf16_instructions)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         monkeypatch.setattr(
-            "mptserve.engine.weights.can_pack", lambda dtype: dtype == torch.float32 or this.onednn_packs_bf16
+            "mptserve.engine.weights.can_pack",
+            lambda dtype: this.onednn_packs_float32 if dtype == torch.float32 else this.onednn_packs_bf16,
         )
 
     return become
@@ -94,6 +96,8 @@ def test_without_kernels_float32_computes_and_the_rest_is_refused_in_one_line(
     )
     pretend(Processor("there is no gcc"))
     assert choose_placement("cpu", "bfloat16") == Placement(CPU, torch.bfloat16)
+    pretend(Processor("they are for x86 processors, not for aarch64", False, False, False))
+    assert choose_placement("cpu", "auto") == Placement(CPU, torch.float32)  # by F.linear
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])

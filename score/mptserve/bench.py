@@ -19,6 +19,7 @@ from mptserve.engine.checkpoint import WeightReader, find_checkpoint
 from mptserve.engine.config import MPTConfig, read_config
 from mptserve.engine.memory import use_huge_pages
 from mptserve.engine.start import EngineOptions, start_engine
+from mptserve.engine.threads import apart
 from mptserve.engine.weights import Placement, choose_placement, chosen_quant
 from mptserve.log import set_up_logging
 from mptserve.service import engine_options
@@ -146,7 +147,7 @@ def work(
 def ceilings(place: Placement) -> Ceilings:
     """Measure the ceilings: reading memory much larger than the caches, and multiplying square matrices."""
     size = 8192 if place.device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=place.device, dtype=place.dtype) for _ in range(2))
+    a, b = apart(lambda: torch.randn(2, size, size, device=place.device, dtype=place.dtype).unbind())
     multiply = _best_seconds(lambda: a @ b, place.device)
     return Ceilings(read_gbs(place.device), 2 * size**3 / multiply / 1e12)
 
@@ -158,18 +159,23 @@ def read_gbs(device: torch.device) -> float:
     weights do.
     """
     gpu = device.type == "cuda"
-    memory = torch.ones((4 << 30 if gpu else 512 << 20) // 4, device=device)
+    memory = apart(lambda: torch.ones((4 << 30 if gpu else 512 << 20) // 4, device=device))
     if not gpu:
         use_huge_pages(memory)
     return memory.nbytes / _best_seconds(memory.sum, device) / 1e9
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device, times: int = 5) -> float:
-    found = []
-    for _ in range(times):
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - started)
-    return min(found)
+    """Return the shortest time that `work` takes; it runs apart, so that an engine measured beside keeps its speed."""
+
+    def best() -> float:
+        found = []
+        for _ in range(times):
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            found.append(time.perf_counter() - started)
+        return min(found)
+
+    return apart(best)

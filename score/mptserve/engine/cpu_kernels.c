@@ -37,12 +37,14 @@ typedef uint16_t pairs __attribute__((vector_size(4 * LANES)));
 typedef int8_t few __attribute__((vector_size(LANES)));
 
 /* ---- what the sets of instructions do differently ----
-   ROWS: for which a panel is read once, as many as the registers hold sums of.
+   ROWS: for which a panel is read once, as many as the registers hold sums of.  ROWS4: in 4 bits, which has sums of a group
+   beside those of the row.
    code8: a vector of 8-bit codes as dot8 takes it.  dot8: acc + sums of 4 neighbours of w * a, code being code8(w).
    dot4: part + sums of neighbours of w * a for 4-bit w.  total4: at most 8 of those sums as sums of 4 neighbours. */
 
 #if defined(__AVX512VNNI__)
 #define ROWS 12
+#define ROWS4 8
 #define COLUMNS 8 /* of a prompt's scores or outputs, for all queries of a tile */
 INLINE ints dot(ints acc, bytes w, ints a) { return (ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a); }
 INLINE ints spread(int32_t x) { return (ints)_mm512_set1_epi32(x); }
@@ -52,6 +54,7 @@ INLINE floats larger(floats x, floats y) { return (floats)_mm512_max_ps((__m512)
 INLINE float largest_of(floats x) { return _mm512_reduce_max_ps((__m512)x); }
 #else
 #define ROWS 6
+#define ROWS4 6 /* the sums of rows that leave the registers are needed once in a group: no slower than with 3 */
 #define COLUMNS 2
 INLINE ints spread(int32_t x) { return (ints)_mm256_set1_epi32(x); }
 INLINE float sum(floats x) {
@@ -197,8 +200,8 @@ INLINE float rounded(const float *x, int K, int8_t *codes, int *total) {
   return largest / 127.0f + sum(zeros);
 }
 
-/* A row of activations is a row of words of 4 bytes: K floats for weights in bfloat16, K / 4 words
-   of codes for 8 bits, and for 4 bits GROUP_WORDS for each group: 8 words of codes, then what a code is worth, that times the sum of the
+/* A row of activations is a row of words of 4 bytes: K floats for weights in bfloat16, K / 4 words of codes for 8 bits,
+   and for 4 bits GROUP_WORDS for each group: 8 words of codes, then what a code is worth, that times the sum of the
    group's codes, and -8 times the sum. */
 typedef union {
   float real;
@@ -278,12 +281,12 @@ INLINE void panel8(const layer *l, int rows, int m, int n, const word *a) {
 INLINE void panel4(const layer *l, int rows, int m, int n, const word *a) {
   const int groups = l->K / GROUP;
   const uint8_t *w = l->w + (size_t)(n / PANEL) * groups * GROUP_BYTES;
-  floats y[ROWS][PARTS];
+  floats y[ROWS4][PARTS];
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS; p++) y[r][p] = (floats){};
   for (int g = 0; g < groups; g++, w += GROUP_BYTES, a += GROUP_WORDS * rows) {
     for (int line = 0; line < GROUP_BYTES; line += 64) __builtin_prefetch(w + AHEAD + line);
-    ints acc[ROWS][PARTS];
+    ints acc[ROWS4][PARTS];
     for (int r = 0; r < rows; r++)
       for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){};
 #pragma GCC unroll 1 /* or the activations of all are loaded first, and the sums leave the registers: half the speed */
@@ -332,21 +335,21 @@ INLINE void panel16(const layer *l, int rows, int m, int n, const word *a) {
 }
 
 /* How many rows to take next: as few turns as possible, of about as many rows each. */
-static int at_once(int left) {
-  const int turns = (left + ROWS - 1) / ROWS;
+static int at_once(int left, int most) {
+  const int turns = (left + most - 1) / most;
   return (left + turns - 1) / turns;
 }
 
 /* Do `what` with R, a constant that the compiler can unroll for, being `rows`. */
-#define WITH(rows, n, what) \
-  if (rows == n && n <= ROWS) { \
-    enum { R = n <= ROWS ? n : 1 }; \
+#define WITH(rows, n, most, what) \
+  if (rows == n && n <= most) { \
+    enum { R = n <= most ? n : 1 }; \
     what; \
   }
-#define EACH(rows, what) \
-  WITH(rows, 1, what) WITH(rows, 2, what) WITH(rows, 3, what) WITH(rows, 4, what) WITH(rows, 5, what) WITH(rows, 6, what) \
-  WITH(rows, 7, what) WITH(rows, 8, what) WITH(rows, 9, what) WITH(rows, 10, what) WITH(rows, 11, what) \
-  WITH(rows, 12, what)
+#define EACH(rows, most, what) \
+  WITH(rows, 1, most, what) WITH(rows, 2, most, what) WITH(rows, 3, most, what) WITH(rows, 4, most, what) \
+  WITH(rows, 5, most, what) WITH(rows, 6, most, what) WITH(rows, 7, most, what) WITH(rows, 8, most, what) \
+  WITH(rows, 9, most, what) WITH(rows, 10, most, what) WITH(rows, 11, most, what) WITH(rows, 12, most, what)
 
 /* y = f(norm(x) Wᵀ): x [M, K] float32 -> y [M, N]; norm, bias, GELU and residual where given. K: a multiple of 32.
    bits: of a weight, 16, 8 or 4.  Returns 0, or 1 without memory. */
@@ -354,6 +357,7 @@ int linear(int bits, int M, int N, int K, const float *x, const float *norm_weig
            const uint8_t *w, const float *scale, const float *bias, const float *residual, int gelu, float *y) {
   const norm before = {norm_weight, norm_bias, eps};
   const int panels = (N + PANEL - 1) / PANEL, words = words_of(bits, K), stride = words + PAD;
+  const int most = bits == 4 ? ROWS4 : ROWS;
   word *each = buffer(0, (size_t)M * stride * 4), *together = buffer(1, (size_t)(M > 1 ? M : 0) * words * 4 + 1);
   float *steps = buffer(2, (size_t)M * 8 + 1);
   if (!M) return 0;
@@ -376,7 +380,7 @@ int linear(int bits, int M, int N, int K, const float *x, const float *norm_weig
     /* Rows that a panel is read for at once, word beside word. */
     const word *a = M > 1 ? together : each;
     for (int m = 0, rows; M > 1 && m < M; m += rows) {
-      rows = at_once(M - m);
+      rows = at_once(M - m, most);
 #pragma omp for schedule(static) nowait
       for (int i = 0; i < words; i++)
         for (int r = 0; r < rows; r++) together[(size_t)m * words + i * rows + r] = each[(size_t)(m + r) * stride + i];
@@ -386,14 +390,14 @@ int linear(int bits, int M, int N, int K, const float *x, const float *norm_weig
     for (int p = 0; p < panels; p++) {
       const int n = p * PANEL;
       for (int m = 0, rows; m < M; m += rows) {
-        rows = at_once(M - m);
+        rows = at_once(M - m, most);
         const word *in = a + (size_t)m * words;
         if (bits == 16) {
-          EACH(rows, panel16(&l, R, m, n, in));
+          EACH(rows, ROWS, panel16(&l, R, m, n, in));
         } else if (bits == 8) {
-          EACH(rows, panel8(&l, R, m, n, in));
+          EACH(rows, ROWS, panel8(&l, R, m, n, in));
         } else {
-          EACH(rows, panel4(&l, R, m, n, in));
+          EACH(rows, ROWS4, panel4(&l, R, m, n, in));
         }
       }
     }

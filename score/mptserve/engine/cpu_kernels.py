@@ -24,6 +24,7 @@ from torch import Tensor
 from mptserve.engine.memory import HugePages
 from mptserve.engine.model import Norm
 from mptserve.engine.quantization import GROUP, Quantized, dequantize, quantize
+from mptserve.engine.threads import apart
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
@@ -39,20 +40,24 @@ class _Unavailable(Exception):
 def why_no_cpu_kernels() -> str:
     """Return why the kernels cannot run on this machine, or "" if they can; tried once, by running one."""
     try:
-        _library()
-        x, weight = torch.linspace(-1, 1, 2 * GROUP).view(2, GROUP), torch.linspace(-1, 1, 40 * GROUP).view(40, GROUP)
-        int8, int4, half = quantize(weight, "int8"), quantize(weight, "int4"), weight.bfloat16()
-        for packed, values in (
-            (pack(int8), dequantize(int8)),
-            (pack(int4), dequantize(int4)),
-            (pack(half), half.float()),
-        ):
-            want = F.linear(x, values)
-            if not (linear(x, packed) - want).abs().max() < 0.01 * want.abs().max():
-                return "a kernel computed nonsense"
+        return "" if apart(_compute_sense) else "a kernel computed nonsense"
     except _Unavailable as exc:
         return str(exc)
-    return ""
+
+
+def _compute_sense() -> bool:
+    _library()
+    x, weight = torch.linspace(-1, 1, 2 * GROUP).view(2, GROUP), torch.linspace(-1, 1, 40 * GROUP).view(40, GROUP)
+    int8, int4, bf16 = quantize(weight, "int8"), quantize(weight, "int4"), weight.bfloat16()
+    for packed, values in (
+        (pack(int8), dequantize(int8)),
+        (pack(int4), dequantize(int4)),
+        (pack(bf16), bf16.float()),
+    ):
+        want = F.linear(x, values)
+        if not (linear(x, packed) - want).abs().max() < 0.01 * want.abs().max():
+            return False
+    return True
 
 
 @cache

@@ -10,7 +10,6 @@ Attention itself is passed in, so that its keys and values can live wherever the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import torch
@@ -88,15 +87,6 @@ class PackedLinear:
             x = x.repeat(2, 1)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "none")
         return y[:n]
-
-
-@cache
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN has packed linears for `dtype` on this processor; tried once, by computing one."""
-    try:
-        return bool(PackedLinear(torch.eye(32, dtype=dtype))(torch.ones(2, 32, dtype=dtype)).eq(1).all())
-    except (RuntimeError, AttributeError):
-        return False
 
 
 @dataclass(frozen=True)

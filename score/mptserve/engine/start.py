@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from mptserve.engine.paged_attention import PagedAttention
 from mptserve.engine.runner import Runner, StepRunner
 from mptserve.engine.scheduler import Cache, Scheduler
 from mptserve.engine.sequence import BLOCK, Sequence
-from mptserve.engine.threads import StepThreads, ThreadSpeed, measure_thread_speed
+from mptserve.engine.threads import StepThreads, ThreadSpeed, apart, measure_thread_speed
 from mptserve.engine.weights import Placement, check_fit, choose_placement, chosen_quant, load_model
 from mptserve.errors import DoesNotFit
 
@@ -68,11 +67,7 @@ def start_engine(
         model = load_model(reader, config, place, n_tokens)
         return place, model, measure_thread_speed(model) if place.device.type == "cpu" else None
 
-    # All that computes runs on a thread of its own, which ends, the trial of the kernels too: OpenMP keeps a pool of
-    # threads for every thread that ever computed, and as soon as all pools together outnumber the cores, its threads
-    # sleep between operations instead of standing by, which halves the speed of small models.
-    with ThreadPoolExecutor(max_workers=1) as loader:
-        place, model, speed = loader.submit(load).result()
+    place, model, speed = apart(load)
     if place.device.type == "cpu" or not place.kernels:  # a GPU's warm up while they capture graphs
         _warm_up(assemble(model, place, min(max_seq_len, 4 * BLOCK), options, speed))
     engine = assemble(model, place, max_seq_len, options, speed, on_finish=on_finish, on_failure=on_failure)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from mptserve.engine.checkpoint import WeightReader
 from mptserve.engine.config import MPTConfig
 from mptserve.engine.cpu_kernels import CompiledLinear, why_no_cpu_kernels
 from mptserve.engine.memory import available_bytes, give_back_freed
-from mptserve.engine.model import MPT, Block, Linear, Norm, PackedLinear, PlainLinear, can_pack
+from mptserve.engine.model import MPT, Block, Linear, Norm, PackedLinear, PlainLinear
 from mptserve.engine.quantization import Quantized, check_quantizable, is_quantized, quantize, weight_bytes
+from mptserve.engine.threads import apart
 from mptserve.errors import BadSetting, DoesNotFit
 
 log = logging.getLogger(__name__)
@@ -46,10 +48,10 @@ class Placement:
 
     def weight_bytes(self, config: MPTConfig) -> int:
         """Return the bytes that the loaded weights take, which is also about what a decode step reads."""
-        copy = (
-            config.vocab_size * config.d_model * 2 if self.bf16_weights and config.tie_word_embeddings else 0
-        )  # the head
-        return weight_bytes(config, self.quant, 2 if self.bf16_weights else self.dtype.itemsize) + copy
+        n_bytes = weight_bytes(config, self.quant, 2 if self.bf16_weights else self.dtype.itemsize)
+        if self.bf16_weights and config.tie_word_embeddings:
+            n_bytes += config.vocab_size * config.d_model * 2  # the head is a copy
+        return n_bytes
 
     def kv_bytes_per_token(self, config: MPTConfig) -> int:
         """Return the bytes that one token's keys and values take over all layers, 8-bit ones with their scales."""
@@ -115,13 +117,26 @@ def _on_cpu(where: torch.device, dtype: torch.dtype, quant: str | None, stored: 
             f"MPT_QUANT {quant} needs the kernels in C, which cannot run here: {missing}. "
             "Unquantized weights in float32 can"
         )
-    if not can_pack(dtype):
+    if dtype != torch.float32 and not can_pack(dtype):
         raise BadSetting(
             f"MPT_DTYPE {str(dtype).removeprefix('torch.')} needs the kernels in C, which cannot run here ({missing}), "
             "or a processor with AVX-512. float32 can run"
         )
     log.warning("no compiled kernels, PyTorch's operations instead, which are slower: %s", missing)
     return Placement(where, dtype)
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has packed linears for `dtype` on this processor; tried once, by computing one."""
+
+    def tried() -> bool:
+        return bool(PackedLinear(torch.eye(32, dtype=dtype))(torch.ones(2, 32, dtype=dtype)).eq(1).all())
+
+    try:
+        return apart(tried)
+    except (RuntimeError, AttributeError):
+        return False
 
 
 def _has_bf16_product() -> bool:
