@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mptserve.engine import memory
-from mptserve.engine.memory import HugePages, available_bytes, available_cores, give_back_freed
+from mptserve.engine.memory import available_bytes, available_cores, give_back_freed
 
 CPU = torch.device("cpu")
 MACHINE = 10**12
@@ -112,15 +112,3 @@ def test_freed_memory_below_what_is_in_use_goes_back_to_the_system() -> None:
 def anonymous_bytes() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
-
-
-def test_tensors_that_stay_lie_side_by_side_and_keep_their_values() -> None:
-    pages = HugePages()
-    tensors = [torch.randn(300, 7), torch.arange(5, dtype=torch.uint8), torch.randn(9 << 20)]  # the last has its own
-    held = [pages.hold(tensor) for tensor in tensors]
-    assert all(torch.equal(a, b) for a, b in zip(held, tensors, strict=True))
-    assert all(tensor.data_ptr() % 64 == 0 for tensor in held)
-    assert held[1].data_ptr() - held[0].data_ptr() == 8448  # 300 * 7 * 4 bytes, up to a multiple of 64
-    assert held[2].data_ptr() % (2 << 20) == 0
-    held[0].zero_()
-    assert torch.equal(held[1], tensors[1])

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mptserve.engine.memory import HugePages
+from mptserve.engine.memory import use_huge_pages
 from mptserve.engine.model import Norm
 from mptserve.engine.quantization import GROUP, Quantized, dequantize, quantize
 from mptserve.engine.threads import apart
@@ -29,7 +29,6 @@ from mptserve.engine.threads import apart
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
 _PATIENCE_S = 120
-_MEMORY = HugePages()
 
 
 class _Unavailable(Exception):
@@ -162,7 +161,8 @@ class Packed:
 def pack(weight: Tensor | Quantized) -> Packed:
     """Return `weight`, codes or bfloat16 [n_out, n_in], laid out for the kernels, with zeros up to a multiple of 32."""
     packed = _pack_bf16(weight) if isinstance(weight, Tensor) else (_pack_8 if weight.zero is None else _pack_4)(weight)
-    return replace(packed, panels=_MEMORY.hold(packed.panels))
+    use_huge_pages(packed.panels)
+    return packed
 
 
 def _pack_bf16(weight: Tensor) -> Packed:
