@@ -33,7 +33,7 @@ serve: $(VENV)/.installed ## Keep the server running; AZUREML_MODEL_DIR=/models/
 	@exec $(BIN)/mptserve serve --port $(PORT)
 
 azure-local: install ## Azure ML on this machine, for the SDK and the notebooks: prints what to paste into a notebook
-	@PYTHONPATH=score:tests exec $(BIN)/python -m local_azure
+	@PYTHONPATH=score:tools exec $(BIN)/python -m local_azure
 
 openai: $(VENV)/.installed ## Serve OpenAI's API, /score and a page to play on
 	@AZUREML_MODEL_DIR="$${AZUREML_MODEL_DIR:-samples/mpt-8m}" exec $(BIN)/python score/openai_app.py --port $(OPENAI_PORT)
@@ -45,7 +45,7 @@ test-long: install ## Real servers, browsers, batch jobs, and GPU kernels in an 
 	@$(PYTEST) -m 'long and not slow and not gpu and not azure'
 
 test-cpus: install ## Kernels, quantization, model, sampling and engine as this processor and as lesser ones: five minutes
-	@$(BIN)/python tests/cpus.py -n 2
+	@$(BIN)/python tests/support/cpus.py -n 2
 
 test-all: install ## All of them, and the slow ones: half an hour
 	@$(PYTEST) -m 'not gpu and not azure'

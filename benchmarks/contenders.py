@@ -31,11 +31,11 @@ from contender_process import Generate, OnToken, apart
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mptserve.bench import read_gbs
+from mptserve.commands.bench import read_gbs
 from mptserve.engine import Job, SamplingParams, Sequence, Token
-from mptserve.engine.config import parse_config, read_config
+from mptserve.engine.checkpoint.config import parse_config, read_config
+from mptserve.engine.checkpoint.writing import SHARD_BYTES, write_shards
 from mptserve.engine.memory import available_cores
-from mptserve.engine.quantized_checkpoint import SHARD_BYTES, write_shards
 from mptserve.engine.start import EngineOptions, start_engine
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "samples" / "mpt-8m"

@@ -38,12 +38,12 @@ from contender_process import Contender
 from contenders import EMBEDDED, bandwidth, by_engine, by_transformers, cpu_name, write_random_model
 from tokenizers import Tokenizer
 
+from mptserve.azure_server.launch import Server
 from mptserve.engine import SamplingParams
-from mptserve.engine.config import read_config
+from mptserve.engine.checkpoint.config import read_config
+from mptserve.engine.loader import choose_placement
 from mptserve.engine.memory import available_cores
 from mptserve.engine.start import EngineOptions, start_engine
-from mptserve.engine.weights import choose_placement
-from mptserve.launch import Server
 
 PROMPT, LONG_PROMPT = 128, 512
 SERVER_TOKENS = 64

@@ -25,11 +25,11 @@ import torch
 from contenders import by_transformers
 from safetensors.torch import save_file
 
-from mptserve.bench import Ceilings, ceilings, limit, seconds
+from mptserve.commands.bench import Ceilings, ceilings, limit, seconds
 from mptserve.engine import MPTEngine
-from mptserve.engine.config import MPTConfig, parse_config
+from mptserve.engine.checkpoint.config import MPTConfig, parse_config
+from mptserve.engine.loader import Placement, choose_placement
 from mptserve.engine.start import EngineOptions, start_engine
-from mptserve.engine.weights import Placement, choose_placement
 from mptserve.log import set_up_logging
 
 CONFIG = {

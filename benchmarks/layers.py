@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from contenders import cpu_name
 from torch import Tensor
 
-from mptserve.bench import ceilings
-from mptserve.engine.cpu_kernels import CompiledLinear, why_no_cpu_kernels
+from mptserve.commands.bench import ceilings
+from mptserve.engine.cpu.kernels import CompiledLinear, why_no_cpu_kernels
+from mptserve.engine.loader import Placement
 from mptserve.engine.memory import available_cores
 from mptserve.engine.model import PackedLinear
-from mptserve.engine.quantization import quantize
-from mptserve.engine.weights import Placement
+from mptserve.engine.quantization.codes import quantize
 
 Layer = Callable[[Tensor], Tensor]
 

@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mptserve.bench import ceilings
-from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence, windows
-from mptserve.engine.config import MPTConfig, parse_config
+from mptserve.commands.bench import ceilings
+from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence
+from mptserve.engine.checkpoint.config import MPTConfig, parse_config
+from mptserve.engine.cpu import windows
+from mptserve.engine.loader import Placement, choose_placement
 from mptserve.engine.memory import available_cores
 from mptserve.engine.start import EngineOptions, start_engine
-from mptserve.engine.weights import Placement, choose_placement
 
 MEMBERS: dict[str, dict[str, Any]] = {
     "MPT-7B": {"alibi": True, "alibi_bias_max": 8},

@@ -42,8 +42,8 @@ from contenders import (
     write_random_model,
 )
 
-from mptserve.engine.checkpoint import WeightReader
-from mptserve.engine.config import read_config
+from mptserve.engine.checkpoint.config import read_config
+from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.memory import available_bytes, available_cores
 
 MAKERS: dict[str, Make] = {

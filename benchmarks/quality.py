@@ -18,20 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mptserve.commands.quantize import calibration_windows
 from mptserve.engine import Job, SamplingParams
-from mptserve.engine.attention import Chunk, SlotAttention
-from mptserve.engine.checkpoint import WeightReader, find_checkpoint
-from mptserve.engine.config import MPTConfig, read_config
-from mptserve.engine.cpu_kernels import CompiledLinear, why_no_cpu_kernels
-from mptserve.engine.gptq import quantize_gptq, second_moment
-from mptserve.engine.kv_cache import SlotCache
+from mptserve.engine.cache import SlotCache
+from mptserve.engine.checkpoint.config import MPTConfig, read_config
+from mptserve.engine.checkpoint.reading import WeightReader, find_checkpoint
+from mptserve.engine.checkpoint.writing import write_quantized
+from mptserve.engine.cpu.attention import Chunk, SlotAttention
+from mptserve.engine.cpu.kernels import CompiledLinear, why_no_cpu_kernels
+from mptserve.engine.loader import Placement, load_model
 from mptserve.engine.model import MPT, Linear
-from mptserve.engine.quantization import quantize
-from mptserve.engine.quantized_checkpoint import write_quantized
+from mptserve.engine.quantization.codes import quantize
+from mptserve.engine.quantization.gptq import quantize_gptq, second_moment
 from mptserve.engine.sequence import Sequence
 from mptserve.engine.start import EngineOptions, start_engine
-from mptserve.engine.weights import Placement, load_model
-from mptserve.quantize import calibration_windows
 from mptserve.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mptserve.engine.config import MPTConfig, parse_config, quantization_config
-from mptserve.engine.quantization import stored_shapes
-from mptserve.engine.quantized_checkpoint import SHARD_BYTES, write_shards
+from mptserve.engine.checkpoint.config import MPTConfig, parse_config, quantization_config
+from mptserve.engine.checkpoint.writing import SHARD_BYTES, write_shards
+from mptserve.engine.quantization.codes import stored_shapes
 
 SAMPLE = Path(__file__).parent.parent / "samples" / "mpt-8m" / "tokenizer.json"
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 from contenders import SHAPES, cpu_name, write_random_model
 
-from mptserve.bench import Ceilings, ceilings, measure, work
-from mptserve.engine.checkpoint import WeightReader
-from mptserve.engine.config import read_config
+from mptserve.commands.bench import Ceilings, ceilings, measure, work
+from mptserve.engine.checkpoint.config import read_config
+from mptserve.engine.checkpoint.reading import WeightReader
+from mptserve.engine.loader import Placement, choose_placement, chosen_quant
 from mptserve.engine.start import EngineOptions, start_engine
-from mptserve.engine.weights import Placement, choose_placement, chosen_quant
 from mptserve.log import set_up_logging
 
 N_NEW, N_PROMPT = 16, 128

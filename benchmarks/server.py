@@ -17,7 +17,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from mptserve.launch import SCORE_DIR, Server
+from mptserve.azure_server.launch import SCORE_DIR, Server
 
 
 @dataclass

@@ -24,18 +24,22 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 
-from mptserve import __version__, bridge, openai_api, playground, uvicorn_host
-from mptserve.api_keys import ApiKeys
+from mptserve import __version__
 from mptserve.errors import InvalidRequest, ScoringError, StartupError, Unavailable
-from mptserve.http_edge import Edge, EventStream, error_body, gone
 from mptserve.log import set_up_logging
-from mptserve.openai_models import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from mptserve.openai_server import answers as openai_api
+from mptserve.openai_server import async_service as bridge
+from mptserve.openai_server import playground
+from mptserve.openai_server import uvicorn_server as uvicorn_host
+from mptserve.openai_server.keys import ApiKeys
+from mptserve.openai_server.middleware import Edge, EventStream, error_body, gone
+from mptserve.openai_server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from mptserve.openai_server.validation import as_error, invalid
 from mptserve.openapi import score_operation
 from mptserve.prompt import ChatPrompt
 from mptserve.request import GenerateRequest
 from mptserve.service import Service
 from mptserve.settings import Settings, read_settings
-from mptserve.validation import as_error, invalid
 
 log = logging.getLogger("mptserve.openai_app")
 router = APIRouter()

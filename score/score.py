@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from azureml_inference_server_http.api.aml_request import rawhttp
 from flask import Request, Response, g
 
-from mptserve import azml_host
+from mptserve.azure_server import app as azml_host
 from mptserve.log import set_up_logging
 from mptserve.service import Service
 from mptserve.settings import read_settings

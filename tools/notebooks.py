@@ -2,7 +2,7 @@
 
 python tools/notebooks.py [NAME ...]     writes docs/notebooks/NAME.md, all of them when no name is given
 
-Those that need Azure run against the local Azure emulator (tests/local_azure), with the embedded model on a CPU.
+Those that need Azure run against the local Azure emulator (tools/local_azure), with the embedded model on a CPU.
 """
 
 import base64
@@ -26,7 +26,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 def main(names: list[str]) -> None:
     """Write the pages of the named notebooks, or of all."""
-    sys.path[:0] = [str(ROOT / "score"), str(ROOT / "tests")]
+    sys.path[:0] = [str(ROOT / "score"), str(ROOT / "tests" / "support")]
     for path in sorted(SOURCE.glob("*.ipynb")):
         if names and path.stem not in names:
             continue

@@ -12,10 +12,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from mptserve import generate as generate_command
-from mptserve import quantize as quantize_command
-from mptserve.batch.command import add_commands as add_batch_commands
-from mptserve.launch import SCORE_DIR, Server, ServerDied, progress_line
+from mptserve.azure_server.launch import SCORE_DIR, Server, ServerDied, progress_line
+from mptserve.commands import generate as generate_command
+from mptserve.commands import quantize as quantize_command
+from mptserve.commands.batch import add_commands as add_batch_commands
 
 SAMPLES = SCORE_DIR.parent / "samples"
 ROLLOUT = SCORE_DIR.parent / "endpoint" / "rollout.sh"
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> int:
     first, *rest = (sys.argv[1:] if argv is None else argv) or [""]
     if first == "check":  # it and the next parse their own arguments
-        from mptserve.check.command import main as check  # imports PyTorch, which the other commands need not wait for
+        from mptserve.commands.check import main as check  # imports PyTorch, which the other commands need not wait for
 
         return check(rest)
     if first == "rollout":
@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run_bench(args: argparse.Namespace) -> int:
-    from mptserve import bench  # takes PyTorch, which the other commands leave to the server
+    from mptserve.commands import bench  # takes PyTorch, which the other commands leave to the server
 
     return bench.run(Path(args.model_dir), args.rows, args.prompt, args.new, args.rounds)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mptserve.engine import Engine, Job, SamplingParams, Sequence, TokenQueue, TokenSink
-from mptserve.engine.checkpoint import find_checkpoint
-from mptserve.engine.config import read_config
+from mptserve.engine.checkpoint.config import read_config
+from mptserve.engine.checkpoint.reading import find_checkpoint
 from mptserve.engine.sampling import derived_seed
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.errors import (
@@ -26,7 +26,6 @@ from mptserve.errors import (
     TooLarge,
     UnsupportedModel,
 )
-from mptserve.flow import Flow, Piece, Running, prompt_texts, text_stream
 from mptserve.metrics import Metrics
 from mptserve.prompt import ChatPrompt, PromptWriter
 from mptserve.repetition import RepetitionGuard
@@ -34,6 +33,7 @@ from mptserve.request import GenerateRequest, PromptRequest, RequestParser
 from mptserve.response import KEEP_ALIVE, Result, answer, details, event, headers, timings_ms
 from mptserve.safety import Verdict, content_safety
 from mptserve.settings import Settings
+from mptserve.streaming import Flow, Piece, Running, prompt_texts, text_stream
 from mptserve.tokenizer import TextStream, Tokenizer
 
 log = logging.getLogger(__name__)

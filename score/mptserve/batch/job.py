@@ -10,12 +10,12 @@ from typing import Any
 
 import mptserve
 from mptserve.batch.files import InputFile, digest, input_file
-from mptserve.batch.flow import FileRun, Flow
+from mptserve.batch.pipeline import FileRun, Flow
 from mptserve.batch.progress import Progress
 from mptserve.batch.results import ResultFile
 from mptserve.batch.rows import RowRequests
 from mptserve.batch.summary import Summaries, now
-from mptserve.engine.checkpoint import find_checkpoint, weight_files
+from mptserve.engine.checkpoint.reading import find_checkpoint, weight_files
 from mptserve.errors import BadSetting
 from mptserve.service import Service
 from mptserve.settings import Settings

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mptserve.engine.config import MPTConfig
-from mptserve.engine.quantization import weight_bytes
+from mptserve.engine.checkpoint.config import MPTConfig
+from mptserve.engine.quantization.codes import weight_bytes
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MIN_TOKENS = 2048

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mptserve.engine.config import MPTConfig
+from mptserve.engine.checkpoint.config import MPTConfig
 
 Attend = Callable[[int, Tensor, Tensor], Tensor]
 """(layer, q [N, H, D], kv [N, 2, H, D]) -> attention output [N, d]; stores kv on the way."""

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mptserve.engine.attention import Chunk, Row
-from mptserve.engine.config import MPTConfig
-from mptserve.engine.kv_cache import PagedCache
+from mptserve.engine.cache import PagedCache
+from mptserve.engine.checkpoint.config import MPTConfig
+from mptserve.engine.cpu.attention import Chunk, Row
 from mptserve.engine.model import alibi_slopes
 from mptserve.engine.sequence import BLOCK
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from mptserve.engine import EngineStats, Generation, Job
-from mptserve.engine.config import MPTConfig
+from mptserve.engine.checkpoint.config import MPTConfig
+from mptserve.engine.engine import EngineStats, Job
+from mptserve.engine.loader import choose_placement, chosen_quant
 from mptserve.engine.memory import available_cores
 from mptserve.engine.sampling import sample
-from mptserve.engine.sequence import Sequence
+from mptserve.engine.sequence import Generation, Sequence
 from mptserve.engine.start import EngineOptions
-from mptserve.engine.weights import choose_placement, chosen_quant
 from mptserve.errors import (
     BadSetting,
     ContextTooLong,

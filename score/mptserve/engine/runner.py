@@ -9,11 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mptserve.engine.attention import Chunk, Row
+from mptserve.engine.cpu.attention import Chunk, Row
+from mptserve.engine.cpu.threads import StepThreads
 from mptserve.engine.model import MPT
 from mptserve.engine.sampling import Sampled, sample
 from mptserve.engine.sequence import Sequence
-from mptserve.engine.threads import StepThreads
 
 Plan = Callable[[int, Tensor, Tensor], Tensor]
 

@@ -11,9 +11,9 @@ import time
 from collections import deque
 from typing import Protocol
 
-from mptserve.engine.attention import Chunk
-from mptserve.engine.kv_cache import reusable
-from mptserve.engine.lookup import PromptLookup
+from mptserve.engine.cache import reusable
+from mptserve.engine.cpu.attention import Chunk
+from mptserve.engine.prompt_lookup import PromptLookup
 from mptserve.engine.sequence import BLOCK, Sequence
 
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from mptserve.engine import MPTEngine, SamplingParams
-from mptserve.engine.attention import SlotAttention
-from mptserve.engine.checkpoint import WeightReader
-from mptserve.engine.config import MPTConfig
-from mptserve.engine.kv_cache import PagedCache, SlotCache, n_blocks_for
+from mptserve.engine.cache import PagedCache, SlotCache, n_blocks_for
+from mptserve.engine.checkpoint.config import MPTConfig
+from mptserve.engine.checkpoint.reading import WeightReader
+from mptserve.engine.cpu.attention import SlotAttention
+from mptserve.engine.cpu.threads import StepThreads, ThreadSpeed, apart, measure_thread_speed
+from mptserve.engine.engine import MPTEngine
+from mptserve.engine.loader import Placement, check_fit, choose_placement, chosen_quant, load_model
 from mptserve.engine.memory import available_bytes, available_cores
 from mptserve.engine.model import MPT
 from mptserve.engine.paged_attention import PagedAttention
 from mptserve.engine.runner import Runner, StepRunner
 from mptserve.engine.scheduler import Cache, Scheduler
-from mptserve.engine.sequence import BLOCK, Sequence
-from mptserve.engine.threads import StepThreads, ThreadSpeed, apart, measure_thread_speed
-from mptserve.engine.weights import Placement, check_fit, choose_placement, chosen_quant, load_model
+from mptserve.engine.sequence import BLOCK, SamplingParams, Sequence
 from mptserve.errors import DoesNotFit
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def assemble(
         pages = PagedCache(config, n_blocks, place.kv_dtype, place.device, options.max_rows)
         cache = pages
         if place.kernels:
-            from mptserve.engine.gpu_runner import GpuRunner  # needs Triton
+            from mptserve.engine.gpu.runner import GpuRunner  # needs Triton
 
             runner = GpuRunner(model, pages, options.max_rows, max_tokens, options.speculate_tokens)
             runner.capture()

@@ -1,0 +1,1 @@
+"""Azure ML's inference server (azmlinfsrv): its routes and shutdown, and starting it as Azure does."""

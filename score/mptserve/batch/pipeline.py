@@ -1,0 +1,233 @@
+"""All rows of a list of files through the engine together, across file borders, results in each file's own order.
+
+Memory is bounded by two numbers, whatever the files hold: how many sequences are in flight, and how many bytes of
+results may wait for a slower row before them.
+"""
+
+import logging
+import queue
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+from mptserve.batch.files import InputFile, Source
+from mptserve.batch.progress import Progress
+from mptserve.batch.readers import Row, read_rows
+from mptserve.batch.results import ResultFile, answer_fields, error_field, record
+from mptserve.batch.rows import RowRequests
+from mptserve.batch.summary import Tally, now
+from mptserve.engine import Sequence, Token
+from mptserve.errors import BadFile, GenerationFailed, ScoringError, Unavailable
+from mptserve.request import GenerateRequest
+from mptserve.service import Service
+from mptserve.streaming import Running
+
+log = logging.getLogger(__name__)
+
+HELD_CHARS = 64_000_000
+"""Text of finished rows that wait for an unfinished one before them."""
+
+
+class EngineBroken(Exception):
+    """The engine cannot go on: not the rows' fault, so the files in flight have no results and must be tried again."""
+
+
+class Endings(queue.SimpleQueue[tuple[Sequence, Token | None]]):
+    """What the engine puts its events into: passes on the ends of sequences, and only counts their tokens.
+
+    Waking up for each token would take the engine's thread the interpreter away, again and again.
+    """
+
+    def __init__(self) -> None:
+        self.n_tokens = 0
+
+    def put(self, item: tuple[Sequence, Token | None], block: bool = True, timeout: float | None = None) -> None:
+        if item[1] is None:
+            super().put(item, block, timeout)
+        else:
+            self.n_tokens += 1  # all on the engine's thread
+
+
+class FileRun:
+    """One file on its way: its rows' turns are given out in order, and its records written in that order."""
+
+    def __init__(self, file: InputFile, digest: str, results: ResultFile) -> None:
+        self.file, self.digest, self.results = file, digest, results
+        self.tally, self.started = Tally(), now()
+        self.read_whole = False
+        self.error: BadFile | None = None
+        self._turns = self._written = 0
+        self._held: dict[int, tuple[list[dict[str, Any]], int]] = {}
+
+    @property
+    def complete(self) -> bool:
+        return self.read_whole and self._written == self._turns
+
+    def next_turn(self) -> int:
+        self._turns += 1
+        return self._turns - 1
+
+    def put(self, turn: int, records: list[dict[str, Any]]) -> int:
+        """Take the records of a turn and write what is due; return by how many characters more is held now."""
+        n_chars = sum(len(r["output"] or "") for r in records)
+        self._held[turn] = records, n_chars
+        change = n_chars
+        while self._written in self._held:
+            due, n = self._held.pop(self._written)
+            self.results.write(due)
+            self._written += 1
+            change -= n
+        return change
+
+
+@dataclass
+class Waiting:
+    """A row whose sequences are in the engine; `left`: how many of them are not done."""
+
+    run: FileRun
+    turn: int
+    row: Row
+    id: Any
+    request: GenerateRequest
+    running: list[Running]
+    left: int
+
+
+class Flow:
+    """One pass over a list of files; use it once."""
+
+    def __init__(self, service: Service, rows: RowRequests, progress: Progress) -> None:
+        self._service, self._rows, self._progress = service, rows, progress
+        self._limit = service.settings.max_body_bytes
+        self._window = 2 * service.settings.max_rows  # the engine never waits for us, and nothing waits long in it
+        self._waiting: dict[Sequence, Waiting] = {}
+        self._events = Endings()
+        self._held_chars = 0
+        self._passed_bytes = 0
+        self._source: Source | None = None
+
+    def run(self, files: Iterator[FileRun]) -> Generator[FileRun, None, None]:
+        """Yield each file when its last record is written; close its results then.
+
+        Raises EngineBroken. However it ends, nothing stays in the engine.
+        """
+        arriving = self._arriving(files)
+        more = True
+        try:
+            while more or self._waiting:
+                while more and self._has_room():
+                    arrived = next(arriving, None)
+                    if arrived is None:
+                        more = False
+                        break
+                    run, row = arrived
+                    if row is not None:
+                        self._start(run, row)
+                    if run.complete:
+                        yield run
+                if self._waiting:
+                    done = self._wait()
+                    if done is not None and done.complete:
+                        yield done
+                self._progress.show(self._position())
+        finally:
+            arriving.close()
+            for waiting in self._waiting.values():
+                for running in waiting.running:
+                    running.generation.cancel()
+
+    def _has_room(self) -> bool:
+        return len(self._waiting) < self._window and self._held_chars < HELD_CHARS
+
+    def _position(self) -> int:
+        return self._passed_bytes + (self._source.position if self._source is not None else 0)
+
+    def _arriving(self, files: Iterator[FileRun]) -> Generator[tuple[FileRun, Row | None], None, None]:
+        """Yield (file, row) for every row, and (file, None) at the end of each file."""
+        for run in files:
+            try:
+                with Source(run.file.path) as self._source:
+                    rows = read_rows(run.file, self._source, self._limit, self._rows.columns, self._rows.expand)
+                    with closing(rows):
+                        for row in rows:
+                            yield run, row
+            except BadFile as exc:
+                self._fail_file(run, exc)
+            finally:
+                self._passed_bytes += self._source.size if self._source is not None else 0
+                self._source = None
+            run.read_whole = True
+            yield run, None
+
+    def _fail_file(self, run: FileRun, exc: BadFile) -> None:
+        """Put the file's error where its next row would be."""
+        run.error = exc
+        run.tally.errors[exc.code] += 1
+        log.warning("a file cannot be read", extra={"numbers": {"code": exc.code, "line": exc.line}})
+        self._put(run, run.next_turn(), [record(run.file.name, None, exc.line, None, **error_field(exc))])
+
+    def _start(self, run: FileRun, row: Row) -> None:
+        """Hand a row's sequences to the engine; a row that breaks a rule is done at once."""
+        turn, id = run.next_turn(), None
+        try:
+            id = self._rows.id(row)
+            request = self._rows.request(run.file.name, row, id)
+            running = self._service.submit(request, time.monotonic(), self._events)
+        except Unavailable as exc:
+            raise EngineBroken(exc.message) from exc
+        except ScoringError as exc:
+            self._fail_row(run, turn, row, id, exc)
+            return
+        waiting = Waiting(run, turn, row, id, request, running, len(running))
+        self._waiting |= {r.generation.sequence: waiting for r in running}
+
+    def _wait(self) -> FileRun | None:
+        """Take the end of one sequence, if one comes soon; return the file whose row it finished, if it did."""
+        try:
+            sequence, _ = self._events.get(timeout=1.0)
+        except queue.Empty:
+            if self._service.engine.failure is not None:
+                raise EngineBroken(self._service.engine.failure) from None
+            return None
+        self._progress.tokens = self._events.n_tokens
+        waiting = self._waiting.pop(sequence)
+        waiting.left -= 1
+        if waiting.left:
+            return None
+        self._finish(waiting)
+        return waiting.run
+
+    def _finish(self, waiting: Waiting) -> None:
+        run, row, request = waiting.run, waiting.row, waiting.request
+        try:
+            results = self._service.results(request, waiting.running)
+        except ScoringError as exc:
+            if exc.code in ("engine_failed", "draining"):
+                raise EngineBroken(exc.message) from exc
+            self._fail_row(run, waiting.turn, row, waiting.id, exc)
+            return
+        fields = [answer_fields(r, self._service.tokenizer, request.details) for r in results]
+        self._progress.rows += 1
+        run.tally.rows += 1
+        run.tally.sequences += len(results)
+        for found in fields:
+            run.tally.finish_reasons[found["finish_reason"]] += 1
+            run.tally.prompt_tokens += found["prompt_tokens"]
+            run.tally.generated_tokens += found["generated_tokens"]
+        records = [record(run.file.name, row.number, row.line, waiting.id, **found) for found in fields]
+        self._put(run, waiting.turn, records)
+
+    def _fail_row(self, run: FileRun, turn: int, row: Row, id: Any, exc: ScoringError) -> None:
+        if isinstance(exc, GenerationFailed):
+            log.error("a row failed", extra={"numbers": {"row": row.number, "code": exc.code}})
+        self._progress.rows += 1
+        self._progress.failed_rows += 1
+        run.tally.rows += 1
+        run.tally.failed_rows += 1
+        run.tally.errors[exc.code] += 1
+        self._put(run, turn, [record(run.file.name, row.number, row.line, id, **error_field(exc))])
+
+    def _put(self, run: FileRun, turn: int, records: list[dict[str, Any]]) -> None:
+        self._held_chars += run.put(turn, records)

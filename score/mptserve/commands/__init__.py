@@ -1,0 +1,1 @@
+"""The subcommands of `mptserve`; cli.py dispatches to them."""

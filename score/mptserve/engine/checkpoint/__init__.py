@@ -1,0 +1,1 @@
+"""Checkpoint folders: finding one, its config, reading and writing its tensors."""

@@ -1,0 +1,361 @@
+"""The C kernels of cpu_kernels.c: compiled once on the machine that runs them, called with tensors.
+
+They need GCC and an x86-64 processor with AVX2. Where either is missing, PyTorch's own operations compute in float32,
+and quantized weights are refused. The compiled library is kept in ~/.cache/mptserve, named after everything that it was
+made of.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mptserve.engine.cpu.threads import apart
+from mptserve.engine.memory import use_huge_pages
+from mptserve.engine.model import Norm
+from mptserve.engine.quantization.codes import GROUP, Quantized, dequantize, quantize
+
+_SOURCE = Path(__file__).with_suffix(".c")
+_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
+_PATIENCE_S = 120
+
+
+class _Unavailable(Exception):
+    """Why there are no kernels."""
+
+
+@cache
+def why_no_cpu_kernels() -> str:
+    """Return why the kernels cannot run on this machine, or "" if they can; tried once, by running one."""
+    try:
+        return "" if apart(_compute_sense) else "a kernel computed nonsense"
+    except _Unavailable as exc:
+        return str(exc)
+
+
+def _compute_sense() -> bool:
+    _library()
+    x, weight = torch.linspace(-1, 1, 2 * GROUP).view(2, GROUP), torch.linspace(-1, 1, 40 * GROUP).view(40, GROUP)
+    int8, int4, bf16 = quantize(weight, "int8"), quantize(weight, "int4"), weight.bfloat16()
+    for packed, values in (
+        (pack(int8), dequantize(int8)),
+        (pack(int4), dequantize(int4)),
+        (pack(bf16), bf16.float()),
+    ):
+        want = F.linear(x, values)
+        if not (linear(x, packed) - want).abs().max() < 0.01 * want.abs().max():
+            return False
+    return True
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise _Unavailable(f"they are for x86 processors, not for {platform.machine()}")
+    beside = Path(sys.executable).parent  # where a conda environment has its own
+    compiler = shutil.which("gcc") or shutil.which("gcc", path=str(beside))
+    if compiler is None:
+        raise _Unavailable("there is no gcc")
+    try:
+        _share_openmp()
+        version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_PATIENCE_S, check=True).stdout
+        made_of = (_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor())
+        name = f"cpu_kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
+        kept = _own_folder()
+        if kept is not None and (kept / name).exists():
+            library = ctypes.CDLL(str(kept / name))
+        else:
+            with tempfile.TemporaryDirectory(dir=kept) as scratch:
+                compiled = _compile(compiler, Path(scratch))
+                library = ctypes.CDLL(str(compiled))
+                if kept is not None:
+                    compiled.replace(kept / name)
+    except subprocess.SubprocessError as exc:
+        said = (getattr(exc, "stderr", None) or b"").decode(errors="replace").strip()
+        raise _Unavailable(f"gcc failed: {said.splitlines()[0] if said else exc}") from exc
+    except OSError as exc:
+        raise _Unavailable(f"{type(exc).__name__}: {exc}") from exc
+    pointer, number, real, large = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
+    library.layout.argtypes = (pointer, pointer)
+    library.linear.argtypes = (*[number] * 4, *[pointer] * 3, real, *[pointer] * 4, number, pointer)
+    library.store.argtypes = (*[number] * 5, pointer, large, *[pointer] * 4)
+    library.attend.argtypes = (*[number] * 5, pointer, large, *[pointer] * 5, real, pointer)
+    library.attend_tiles.argtypes = (*[number] * 5, pointer, large, *[pointer] * 4, real, pointer)
+    return library
+
+
+def _compile(compiler: str, folder: Path) -> Path:
+    """Return the library, compiled in `folder`.
+
+    Linked without -fopenmp, so that it takes the threads of the OpenMP that PyTorch brought, not another set.
+    """
+    compiled, linked = folder / "cpu_kernels.o", folder / "cpu_kernels.so"
+    for command in (
+        [*_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
+        ["-shared", str(compiled), "-o", str(linked), "-lm"],
+    ):
+        subprocess.run([compiler, *command], capture_output=True, timeout=_PATIENCE_S, check=True)
+    return linked
+
+
+def _share_openmp() -> None:
+    """Make the OpenMP library that PyTorch has loaded visible to libraries loaded from now on."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    for path in sorted({line.split(maxsplit=5)[5] for line in lines if line.count("/") and "omp" in line}):
+        if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+def _processor() -> bytes:
+    """Return what -march=native depends on."""
+    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    return b"|".join(sorted({line for line in lines if line.startswith((b"model", b"vendor_id", b"flags"))}))
+
+
+def _own_folder() -> Path | None:
+    """Return the folder to keep the library in, which nobody else can write to; None without one."""
+    try:
+        folder = Path.home() / ".cache" / "mptserve"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+    except (OSError, RuntimeError):  # RuntimeError: no home
+        return None
+    mine = about.st_uid == os.getuid() and not about.st_mode & 0o022
+    return folder if mine and os.access(folder, os.W_OK) else None
+
+
+@cache
+def layout() -> tuple[int, int]:
+    """Return how this machine's library reads weights: outputs of a panel, and what is added to 8-bit codes."""
+    panel, offset = ctypes.c_int(), ctypes.c_int()
+    _library().layout(ctypes.byref(panel), ctypes.byref(offset))
+    return panel.value, offset.value
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as the kernels read it.
+
+    panels: bytes, panel after panel of outputs, as cpu_kernels.c describes them.  n_in: a multiple of 32.  bits: of a
+    weight, 16, 8 or 4.  scale: float32 [n_out], 8 bits only.
+    """
+
+    panels: Tensor
+    n_out: int
+    n_in: int
+    bits: int
+    scale: Tensor | None = None
+
+
+def pack(weight: Tensor | Quantized) -> Packed:
+    """Return `weight`, codes or bfloat16 [n_out, n_in], laid out for the kernels, with zeros up to a multiple of 32."""
+    packed = _pack_bf16(weight) if isinstance(weight, Tensor) else (_pack_8 if weight.zero is None else _pack_4)(weight)
+    use_huge_pages(packed.panels)
+    return packed
+
+
+def _pack_bf16(weight: Tensor) -> Packed:
+    n_out, lanes = len(weight), layout()[0] // 2
+    weight = _padded(weight.view(torch.int16))
+    lines = weight.view(-1, 2, lanes, weight.shape[1]).permute(0, 3, 2, 1).contiguous()
+    return Packed(lines, n_out, weight.shape[1], 16)
+
+
+def _pack_8(weight: Quantized) -> Packed:
+    panel, offset = layout()
+    codes, n_out = _padded(weight.codes), len(weight.codes)
+    if offset:
+        codes = codes.view(torch.uint8) ^ offset  # the same as adding it, in 8 bits
+    n_in = codes.shape[1]
+    panels = codes.view(torch.int32).view(-1, panel, n_in // 4).transpose(1, 2).contiguous()
+    return Packed(panels, n_out, n_in, 8, F.pad(weight.scale, (0, -n_out % panel)))
+
+
+def _pack_4(weight: Quantized) -> Packed:
+    assert weight.zero is not None
+    n_out, n_in, panel = len(weight.codes), weight.n_in, layout()[0]
+    groups, fill = n_in // GROUP, -n_out % panel
+    codes = torch.stack((weight.codes & 15, weight.codes >> 4), -1).view(n_out, groups, GROUP)
+    halves = F.pad(codes[..., : GROUP // 2] | (codes[..., GROUP // 2 :] << 4), (0, 0, 0, 0, 0, fill))
+    lines = halves.view(torch.int32).view(-1, panel, groups, 4).permute(0, 2, 3, 1).contiguous().view(torch.uint8)
+    parts = [lines.view(-1, groups, panel * GROUP // 2)]
+    for about in (weight.scale, weight.zero):
+        columns = F.pad(about, (0, 0, 0, fill)).view(-1, panel, groups).transpose(1, 2).contiguous()
+        parts.append(columns.view(torch.uint8))
+    return Packed(torch.cat(parts, -1), n_out, n_in, 4)
+
+
+def _padded(values: Tensor) -> Tensor:
+    """Return values [n_out, n_in] with zeros behind them, up to whole panels of whole groups."""
+    n_out, n_in = values.shape
+    return F.pad(values, (0, -n_in % GROUP, 0, -n_out % layout()[0]))
+
+
+def linear(
+    x: Tensor,
+    weight: Packed,
+    norm: Norm | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gelu: bool = False,
+) -> Tensor:
+    """Return f(norm(x) Wᵀ + bias) + residual, [M, n_out], for x [M, K]; all float32, f GELU or nothing.
+
+    K: the inputs of the weight before it was padded.
+
+    Activations are rounded to 8 bits for weights of 8 bits, with a scale per row, and of 4, with one per 32 inputs. A
+    row's bits depend on nothing but the row.
+    """
+    if missing := weight.n_in - x.shape[1]:
+        x, norm = F.pad(x if norm is None else norm(x), (0, missing)), None
+    x = x.contiguous()
+    y = torch.empty(len(x), weight.n_out)
+    failed = _library().linear(
+        weight.bits,
+        len(x),
+        weight.n_out,
+        weight.n_in,
+        x.data_ptr(),
+        _address(norm.weight if norm else None),
+        _address(norm.bias if norm else None),
+        norm.eps if norm else 0.0,
+        weight.panels.data_ptr(),
+        _address(weight.scale),
+        _address(bias),
+        _address(residual),
+        gelu,
+        y.data_ptr(),
+    )
+    return _done(failed, y)
+
+
+class CompiledLinear:
+    """A linear layer on the CPU by our kernels, which compute in float32 what surrounds the product.
+
+    weight: codes, or bfloat16, which as a factor in float32 is exact, and half as long to read.
+    """
+
+    def __init__(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> None:
+        self._weight = pack(weight)
+        self._bias = None if bias is None else bias.float()
+
+    def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        return self._product(x, norm)
+
+    def gelu(self, x: Tensor, norm: Norm | None = None) -> Tensor:
+        return self._product(x, norm, gelu=True)
+
+    def add(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self._product(x, residual=residual.float()).to(residual.dtype)
+
+    def _product(
+        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None, gelu: bool = False
+    ) -> Tensor:
+        if norm is not None and norm.weight.dtype != torch.float32:
+            return self._product(norm(x), None, residual, gelu)
+        return linear(x.float(), self._weight, norm, self._bias, residual, gelu).to(x.dtype)
+
+
+def store(kv: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor, cache: Tensor) -> None:
+    """Write keys and values kv [N, 2, H, D] of the step's `tokens` into cache [2, n_slots, H, T, D], where they go.
+
+    tokens, slots, positions: int64 [M].
+    """
+    _, n_slots, heads, n_tokens, head_dim = cache.shape
+    _library().store(
+        len(tokens),
+        heads,
+        head_dim,
+        n_tokens,
+        n_slots,
+        kv.data_ptr(),
+        kv.stride(0),
+        tokens.data_ptr(),
+        slots.data_ptr(),
+        positions.data_ptr(),
+        cache.data_ptr(),
+    )
+
+
+def attend(
+    q: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, first: Tensor | None, slopes: Tensor, scale: float
+) -> Tensor:
+    """Return [M, H, D], ALiBi attention of q [M, H, D] over each row's keys up to its own position.
+
+    cache: [2, n_slots, H, T, D].  slots, positions: int64 [M].  first: int64 [M, H], the first key that a row's head
+    reads; all from the first without.
+    """
+    _, n_slots, heads, n_tokens, head_dim = cache.shape
+    out = torch.empty(len(q), heads, head_dim)
+    failed = _library().attend(
+        len(q),
+        heads,
+        head_dim,
+        n_tokens,
+        n_slots,
+        q.data_ptr(),
+        q.stride(0),
+        cache.data_ptr(),
+        slots.data_ptr(),
+        positions.data_ptr(),
+        _address(first),
+        slopes.data_ptr(),
+        scale,
+        out.data_ptr(),
+    )
+    return _done(failed, out)
+
+
+def attend_tiles(
+    q: Tensor,
+    cache: Tensor,
+    tiles: Tensor,
+    first: Tensor | None,
+    slopes: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Write to out [N, H, D] what the queries of prompts, q [N, H, D], see: ALiBi attention up to their own positions.
+
+    cache: [2, n_slots, H, T, D].  tiles: int64 [n, 4], slot, position of a tile's first query, its token in the step,
+    and how many queries (32, or fewer to a prompt's end).  first: int64 [n, H], the first key that a tile's head reads;
+    all from the first without. A query's bits depend on its position alone, if tiles start at multiples of 32.
+    """
+    _, n_slots, heads, n_tokens, head_dim = cache.shape
+    failed = _library().attend_tiles(
+        len(tiles),
+        heads,
+        head_dim,
+        n_tokens,
+        n_slots,
+        q.data_ptr(),
+        q.stride(0),
+        cache.data_ptr(),
+        tiles.data_ptr(),
+        _address(first),
+        slopes.data_ptr(),
+        scale,
+        out.data_ptr(),
+    )
+    _done(failed, out)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _done(failed: int, result: Tensor) -> Tensor:
+    if failed:
+        raise MemoryError("no memory for a kernel's working space")
+    return result

@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: Triton kernels, CUDA graphs, the state of rows between steps."""

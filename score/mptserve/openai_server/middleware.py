@@ -1,0 +1,196 @@
+"""The edge of the container door, before any route: request ids, keys, whole bodies of a bounded size."""
+
+import asyncio
+import json
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mptserve.errors import GenerationFailed, InvalidRequest, ScoringError
+from mptserve.openai_server.answers import error
+from mptserve.openai_server.keys import ApiKeys
+from mptserve.request import body_too_large
+
+log = logging.getLogger(__name__)
+
+OPEN = ("/", "/health/live", "/health/ready")
+"""What needs no key: the page, which asks its user for one, and the probes."""
+MAX_HEAD_BYTES = 32_768
+"""Of a request's headers; more is answered 431, and 400 by the server itself when it does not come in one piece."""
+DISCARD_BYTES = 100_000_000
+"""So much of a body that is too large is read and forgotten: a client that cannot finish sending never sees why."""
+SILENCE_S = 60.0
+"""A client that sends nothing, or takes nothing, for so long is given up."""
+
+
+class HeadersTooLarge(ScoringError):
+    """More than any caller of ours needs."""
+
+    status = 431
+    code = "headers_too_large"
+
+
+class Edge:
+    """ASGI middleware. Past it a request has an id, a key that was checked, and its whole body in one message."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limit: int,
+        keys: ApiKeys | None,
+        refused: Callable[[ScoringError, str, float], None],
+    ) -> None:
+        """limit: bytes of a body.  refused: told of every request that ends here, to count and log it."""
+        self.app, self._limit, self._keys, self._refused = app, limit, keys, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        request_id = _request_id(headers)
+        scope["state"] = scope.get("state", {}) | {"request_id": request_id, "started": time.monotonic()}
+
+        begun = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        try:
+            if (size := sum(len(name) + len(value) for name, value in scope["headers"])) > MAX_HEAD_BYTES:
+                raise HeadersTooLarge(f"the headers must have at most {MAX_HEAD_BYTES} bytes, got {size}")
+            if self._keys is not None and scope["path"] not in OPEN:
+                self._keys.check(_key(headers))
+            body = await self._body(headers, receive)
+        except ClientDisconnect:
+            return
+        except ScoringError as exc:
+            self._refused(exc, request_id, scope["state"]["started"])
+            await _send_error(scope, exc, request_id, send_with_id)
+            return
+        if scope["method"] == "POST":  # `curl -d` calls its JSON a form
+            MutableHeaders(scope=scope)["content-type"] = "application/json"
+        try:
+            await self.app(scope, _replay(body, receive), send_with_id)
+        except ClientDisconnect:
+            return
+        except Exception:
+            log.exception("request failed", extra={"numbers": {"request_id": request_id}})
+            if begun:
+                raise  # the server cuts the connection, which is all that can still be said
+            ours = GenerationFailed("unexpected; the log has the reason")
+            self._refused(ours, request_id, scope["state"]["started"])
+            await _send_error(scope, ours, request_id, send_with_id)
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        """Return the whole body. Raises TooLarge, InvalidRequest (it stalls), ClientDisconnect (it breaks off)."""
+        declared = headers.get("content-length", "")
+        size = int(declared) if declared.isdigit() else 0
+        pieces: list[bytes] = []
+        n_read = 0
+        while n_read <= DISCARD_BYTES:
+            try:
+                message = await asyncio.wait_for(receive(), SILENCE_S)
+            except TimeoutError as exc:
+                raise InvalidRequest(
+                    f"the body stopped after {n_read} bytes and {SILENCE_S:.0f} seconds", code="incomplete_body"
+                ) from exc
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            piece = message.get("body", b"")
+            n_read += len(piece)
+            if max(size, n_read) > self._limit:
+                pieces.clear()
+            else:
+                pieces.append(piece)
+            if not message.get("more_body", False):
+                break
+        if max(size, n_read) > self._limit:
+            raise body_too_large(max(size, n_read), self._limit)
+        return b"".join(pieces)
+
+
+def _request_id(headers: Headers) -> str:
+    """Return the caller's own id where it is fit for a log, else a new one."""
+    given = headers.get("x-request-id", "")
+    fit = 0 < len(given) <= 100 and given.isascii() and given.isprintable()
+    return given if fit else str(uuid.uuid4())
+
+
+def _key(headers: Headers) -> str:
+    """Return the key as OpenAI's client sends it, or Azure OpenAI's."""
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else headers.get("api-key", "")
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body that was read, and then what the connection says: that it is closed."""
+    left = [body]
+
+    async def replay() -> Message:
+        if left:
+            return {"type": "http.request", "body": left.pop(), "more_body": False}
+        return await receive()
+
+    return replay
+
+
+def error_body(path: str, exc: ScoringError, request_id: str) -> dict[str, Any]:
+    """Return an error in the shape of the route that was called."""
+    return exc.as_json(request_id) if path == "/score" else error(exc)
+
+
+async def _send_error(scope: Scope, exc: ScoringError, request_id: str, send: Send) -> None:
+    headers = [(b"content-type", b"application/json")]
+    if exc.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    body = json.dumps(error_body(scope["path"], exc, request_id)).encode()
+    await send({"type": "http.response.start", "status": exc.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def gone(request: Request) -> Callable[[], Awaitable[None]]:
+    """Return what waits until the caller of `request`, whose body was read, has hung up."""
+
+    async def wait() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    return wait
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events that are closed in every case, also when the reader was gone before the first."""
+
+    def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], None], first: str = "") -> None:
+        """close: cancels what the events tell of.  first: what to send before them."""
+        self._events, self._close = events, close
+        # nginx, in front of us in some places, holds a response back until it is whole unless told otherwise
+        headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
+        super().__init__(_after(first, events), headers=headers, media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._close()
+            await self._events.aclose()
+
+
+async def _after(first: str, events: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+    if first:
+        yield first
+    async for text in events:
+        yield text

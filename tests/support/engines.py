@@ -1,0 +1,157 @@
+"""Engines on tiny random checkpoints, and what tests ask of them."""
+
+import math
+from dataclasses import dataclass
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence
+from mptserve.engine.cache import PagedCache, SlotCache
+from mptserve.engine.checkpoint.config import MPTConfig, parse_config
+from mptserve.engine.checkpoint.reading import WeightReader
+from mptserve.engine.cpu.attention import Chunk, SlotAttention
+from mptserve.engine.cpu.kernels import CompiledLinear, why_no_cpu_kernels
+from mptserve.engine.loader import Placement, choose_placement, load_model
+from mptserve.engine.model import MPT
+from mptserve.engine.paged_attention import PagedAttention
+from mptserve.engine.prompt_lookup import PromptLookup
+from mptserve.engine.runner import Runner
+from mptserve.engine.scheduler import Scheduler
+from mptserve.errors import BadSetting
+from tiny import write_checkpoint
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(bool(why_no_cpu_kernels()), reason=f"no kernels in C: {why_no_cpu_kernels()}")
+COMPILED = pytest.param(True, id="compiled", marks=needs_kernels)
+EITHER = (pytest.param(False, id="plain"), COMPILED)
+"""For `load_tiny`: with PyTorch's operations, and with our kernels."""
+
+
+@dataclass
+class Tiny:
+    """A tiny random model, its raw config and tensors, loaded the way the server loads it."""
+
+    raw: dict[str, Any]
+    tensors: dict[str, Tensor]
+    model: MPT
+    folder: Path
+
+
+def load_tiny(
+    folder: Path, raw: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0, compiled: bool = False
+) -> Tiny:
+    """Write and load a tiny model; `compiled`: with bfloat16 weights, for the kernels in C to compute with.
+
+    A bfloat16 model takes the product that a server takes on this processor.
+    """
+    tensors = write_checkpoint(folder, raw, seed, torch.bfloat16 if compiled else torch.float32)
+    config = parse_config(raw)
+    place = Placement(CPU, dtype, kernels=compiled, bf16_weights=compiled)
+    if dtype == torch.bfloat16:
+        try:
+            place = choose_placement("cpu", "bfloat16")
+        except BadSetting as exc:
+            pytest.skip(str(exc))
+    return Tiny(raw, tensors, load_model(WeightReader(folder, config), config, place, 10**9), folder)
+
+
+def is_compiled(model: MPT) -> bool:
+    """Whether attention is to be compiled: with compiled layers, and, as in a server, in bfloat16 wherever possible."""
+    return isinstance(model.head, CompiledLinear) or (model.dtype == torch.bfloat16 and not why_no_cpu_kernels())
+
+
+def make_engine(
+    model: MPT,
+    *,
+    n_blocks: int = 256,
+    max_rows: int = 16,
+    prefill_tokens: int = 512,
+    paged: bool = False,
+    kernels: bool = False,
+    kv_dtype: torch.dtype = torch.float32,
+    speculate: int = 0,
+    **options: Any,
+) -> MPTEngine:
+    """Return a running engine on a CPU; `paged` takes the GPU's cache and plain attention, `kernels` its kernels too,
+    which Triton must be interpreting."""
+    config = model.config
+    cache: Any
+    limits = {"max_tokens": min(config.max_seq_len, n_blocks * 32), "queue_limit": 10_000} | options
+    if paged or kernels:
+        cache = PagedCache(config, n_blocks, kv_dtype, CPU, max_rows)
+    else:
+        cache = SlotCache(config, n_blocks, max_rows, config.max_seq_len)
+    scheduler = Scheduler(cache, max_rows, prefill_tokens, not (paged or kernels), speculate)
+    if kernels:
+        from mptserve.engine.gpu.runner import GpuRunner
+
+        return MPTEngine(GpuRunner(model, cache, max_rows, limits["max_tokens"], speculate), scheduler, **limits)
+    attention: Any = PagedAttention(config, cache) if paged else SlotAttention(config, cache, is_compiled(model))
+    return MPTEngine(Runner(model, attention), scheduler, **limits)
+
+
+def sequence(prompt: list[int], **params: Any) -> Sequence:
+    """Return a sequence nobody waits for, for tests below the engine."""
+    return Sequence(prompt, SamplingParams(**params), (0,), None, None, lambda _: None, None)
+
+
+def all_logits(model: MPT, ids: list[int], cut_at: tuple[int, ...] = (), paged: bool = False) -> Tensor:
+    """Return float32 logits [T, V] of a whole sequence, its prompt chunks cut at the given positions."""
+    config, seq = model.config, sequence(ids, max_new_tokens=1)
+    attention: Any
+    if paged:
+        pages = PagedCache(config, 64, torch.float32, CPU)
+        attention = PagedAttention(config, pages)
+        assert pages.acquire(seq)
+    else:
+        slots = SlotCache(config, 64, 2, 2048)
+        attention = SlotAttention(config, slots, is_compiled(model))
+        assert slots.acquire(seq)
+    found = []
+    edges = (0, *cut_at, len(ids))
+    with torch.inference_mode():
+        for start, end in pairwise(edges):
+            plan = attention.plan([], [Chunk(seq, start, end - start)])
+            found.append(model.logits(model.hidden(torch.tensor(ids[start:end]), plan)))
+    return torch.cat(found)
+
+
+def rounding(config: MPTConfig, expected: Tensor) -> float:
+    """Return how far float32 logits [T, V] of a model may lie apart when sums are added up in another order.
+
+    An addition rounds by up to 2^-24 of its sum, either way, so a sum of n terms is off by about sqrt(n) 2^-24 of its
+    size. The same holds for sums one behind the other, with their lengths added up as n. Both sides are off by that
+    (sqrt 2), and the worst of some ten thousand logits lies four deviations out.
+    """
+    in_a_layer = 3 * config.d_model + config.d_ff + config.head_dim + len(expected)
+    n = config.n_layers * in_a_layer + config.d_model
+    return 4 * math.sqrt(2 * n) * 2.0**-24 * expected.square().mean().sqrt().item()
+
+
+def generate(engine: MPTEngine, prompt: list[int], **params: Any) -> list[int]:
+    """Return the generated ids of one sequence alone."""
+    return [t.id for t in engine.submit_all([Job(prompt, SamplingParams(**params))])[0].result().out]
+
+
+def guess(monkeypatch: pytest.MonkeyPatch, truth: list[int], n_right: int, then: int = 1, every: int = 1) -> None:
+    """Let drafts be the next `n_right` tokens of `truth`, a whole output, and behind them the token `then`.
+
+    every: only the first of so many steps has a draft.
+    """
+    steps = count()
+
+    def draft(_: PromptLookup, seq: Sequence, most: int) -> list[int]:
+        right = truth[len(seq.out) : len(seq.out) + n_right]
+        return (right + [then] * most)[:most] if next(steps) % every == 0 else []
+
+    monkeypatch.setattr(PromptLookup, "draft", draft)
+
+
+def random_ids(n: int, seed: int, vocab: int = 128) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, vocab, (n,), generator=generator).tolist()

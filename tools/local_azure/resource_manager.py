@@ -1,0 +1,357 @@
+"""The resource manager: workspaces, assets, endpoints, deployments, keys, logs, long-running operations.
+
+What each call sends and needs back was read in azure.ai.ml 1.35 (`operations/`, `_restclient/`) and seen on the wire.
+To add a call: a line in `ResourceManager.routes` and a method. Paths are matched in lower case, as Azure does.
+"""
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+
+from local_azure.errors import Refused
+from local_azure.online import new_key
+from local_azure.online_resources import OnlineResources
+from local_azure.storage import ACCOUNT
+
+Resource = dict[str, Any]
+Handler = Callable[[Request], Awaitable[Response]]
+GROUP = "/subscriptions/{sub}/resourcegroups/{group}"
+WORKSPACE = GROUP + "/providers/microsoft.machinelearningservices/workspaces/{workspace}"
+POLL = {"Retry-After-Ms": "250"}
+"""When to ask an operation again; the SDK would otherwise wait 5 s (LROConfigurations.POLL_INTERVAL)."""
+
+
+class ResourceManager:
+    """Resources by their lower-case id; what runs behind the online ones is in `online`."""
+
+    def __init__(self, url: str, online: OnlineResources) -> None:
+        self.url, self.online = url, online
+        self.resources: dict[str, Resource] = {}
+        self.operations: dict[str, Resource] = {}
+        self.calls: list[str] = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._router = Router(self.routes(), default=_unknown)
+
+    def routes(self) -> list[Route]:
+        """Return what can be asked. The first match answers."""
+        online, batch = "/onlineendpoints/{endpoint}", "/batchendpoints/{endpoint}"
+        template = GROUP + "/providers/microsoft.resources/deployments/{name}"
+        routes = [
+            Route("/operations/{id}", self.operation),
+            Route(template, _guarded(self.put_template), methods=["PUT"]),
+            Route(template, _guarded(self.get), methods=["GET"]),
+        ]
+
+        def add(method: str, path: str, handler: Handler) -> None:
+            routes.append(Route(WORKSPACE + path, _guarded(handler), methods=[method]))
+
+        add("GET", "", self.workspace)
+        add("GET", "/datastores", self.datastores)
+        add("GET", "/datastores/{name}", self.datastore)
+        add("POST", "/datastores/{name}/listsecrets", self.datastore_secrets)
+        for kind in ("codes", "models", "environments", "data", "components"):
+            add("PUT", f"/{kind}/{{name}}/versions/{{version}}", self.put_asset)
+            add("GET", f"/{kind}/{{name}}/versions/{{version}}", self.get)
+            add("POST", f"/{kind}/{{name}}/versions/{{version}}/startpendingupload", self.start_upload)
+            add("GET", f"/{kind}/{{name}}/versions", self.list_all)
+            add("GET", f"/{kind}/{{name}}", self.asset_container)
+        add("PUT", online, self.put_endpoint)
+        add("DELETE", online, self.delete_endpoint)
+        add("POST", online + "/listkeys", self.list_keys)
+        add("POST", online + "/regeneratekeys", self.regenerate_keys)
+        add("POST", online + "/token", self.token)
+        add("PUT", online + "/deployments/{name}", self.put_deployment)
+        add("DELETE", online + "/deployments/{name}", self.delete_deployment)
+        add("POST", online + "/deployments/{name}/getlogs", self.get_logs)
+        for path in (batch, batch + "/deployments/{name}"):
+            add("PUT", path, self.put_batch)
+            add("DELETE", path, self.delete_batch)
+        add("GET", "/jobs/{name}", self.get)
+        add("GET", "/computes/{name}", self.compute)
+        for path in (online, batch):
+            add("GET", path.rpartition("/")[0], self.list_all)
+            add("GET", path, self.get)
+            add("GET", path + "/deployments", self.list_all)
+            add("GET", path + "/deployments/{name}", self.get)
+        return routes
+
+    async def __call__(self, scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+        """Answer one call; an ASGI application."""
+        self.calls.append(f"{scope['method']} {scope['path']}")
+        await self._router(dict(scope, path=scope["path"].lower(), original_path=scope["path"]), receive, send)
+
+    # Workspace, datastore --------------------------------------------------------------------------------------------
+
+    async def workspace(self, request: Request) -> Response:
+        """Any workspace exists, so that a notebook may call it what it likes."""
+        properties = {
+            "workspaceId": "00000000-0000-0000-0000-0000000000d5",
+            "discoveryUrl": self.url + "/discovery",
+            "storageAccount": f"/subscriptions/s/resourceGroups/r/providers/Microsoft.Storage/accounts/{ACCOUNT}",
+        }
+        identity = {"type": "SystemAssigned", "principalId": "desk", "tenantId": "desk"}
+        return JSONResponse(_resource(request, properties) | {"location": "desk", "identity": identity})
+
+    async def datastores(self, request: Request) -> Response:
+        return JSONResponse({"value": [self._datastore(_id(request) + "/workspaceblobstore")]})
+
+    async def datastore(self, request: Request) -> Response:
+        if request.path_params["name"] != "workspaceblobstore":
+            raise Refused(404, "ResourceNotFound", f"there is no datastore {_name(request)!r}")
+        return JSONResponse(self._datastore(_id(request)))
+
+    async def datastore_secrets(self, _: Request) -> Response:
+        return JSONResponse({"secretsType": "Sas", "sasToken": "sv=2025-01-05&sig=desk"})
+
+    def _datastore(self, id_: str) -> Resource:
+        """Return the default datastore.
+
+        The SDK makes its address as https://ACCOUNT.blob.SUFFIX (STORAGE_ACCOUNT_URLS). A host for each account would
+        need a name server, so the account is called HOST:PORT/storage/… here, and what follows becomes a path.
+        """
+        properties = {
+            "datastoreType": "AzureBlob",
+            "accountName": f"{self.url.removeprefix('https://')}/storage/{ACCOUNT}",
+            "containerName": "workspace",
+            "endpoint": "desk",
+            "protocol": "https",
+            "isDefault": True,
+            "credentials": {"credentialsType": "Sas"},
+        }
+        return {"id": id_, "name": "workspaceblobstore", "type": "datastores", "properties": properties}
+
+    # Assets ----------------------------------------------------------------------------------------------------------
+
+    async def start_upload(self, request: Request) -> Response:
+        """Return the container that a code asset is to be uploaded into, one for each (`_asset_utils.py`)."""
+        kind, name, _, version = request.path_params["original"][-5:-1]
+        container = f"{self.url}/storage/{ACCOUNT}/{kind}-{name}-{version}".lower()
+        credential = {"credentialType": "SAS", "sasUri": container + "?sv=2025-01-05&sig=desk"}
+        place = {"blobUri": container, "storageAccountArmId": "", "credential": credential}
+        upload = {"pendingUploadId": "desk", "pendingUploadType": "TemporaryBlobReference"}
+        return JSONResponse(upload | {"blobReferenceForConsumption": place})
+
+    async def put_asset(self, request: Request) -> Response:
+        defaults: dict[str, Any] = (
+            {"flavors": {}} if _name(request, -4) == "models" else {}
+        )  # Model._from_rest_object expects it
+        resource = _resource(request, defaults | ((await request.json()).get("properties") or {}))
+        known = self.resources.get(resource["id"].lower())
+        if known is not None and "/models/" in resource["id"] and _uri(known) != _uri(resource):
+            raise Refused(409, "UserError", f"model {_name(request)!r} exists already; assets are never changed")
+        self.resources[resource["id"].lower()] = resource
+        return JSONResponse(resource, 200 if known else 201)
+
+    async def asset_container(self, request: Request) -> Response:
+        versions = self._children(_id(request) + "/versions")
+        if not versions:
+            raise Refused(404, "ResourceNotFound", f"there is no asset {_name(request)!r}")
+        return JSONResponse(_resource(request, {"latestVersion": versions[-1]["name"]}))
+
+    # Any resource ----------------------------------------------------------------------------------------------------
+
+    async def get(self, request: Request) -> Response:
+        return JSONResponse(self._find(_id(request)))
+
+    async def list_all(self, request: Request) -> Response:
+        """List a collection. Filters are not looked at but for one: no code is ever found by its hash, so that each
+        deployment is of what lies on the disk now."""
+        children = [] if "hash" in request.query_params else self._children(_id(request))
+        return JSONResponse({"value": children})
+
+    def _find(self, id_: str) -> Resource:
+        if (found := self.resources.get(id_.lower())) is None:
+            raise Refused(404, "ResourceNotFound", f"The Resource {id_.partition('/workspaces/')[2]!r} was not found.")
+        return found
+
+    def _children(self, collection: str) -> list[Resource]:
+        prefix = collection.lower() + "/"
+        return [r for id_, r in self.resources.items() if id_.startswith(prefix) and "/" not in id_[len(prefix) :]]
+
+    # Online endpoints ------------------------------------------------------------------------------------------------
+
+    async def put_endpoint(self, request: Request) -> Response:
+        body, known = await request.json(), self.resources.get(_id(request).lower())
+        properties = body.get("properties") or {}
+        endpoint = self.online.put_endpoint(_name(request), properties)
+        address = f"{self.url}/endpoints/{endpoint.name}"
+        uris = {"scoringUri": address + "/score", "swaggerUri": address + "/swagger.json"}
+        resource = _resource(request, properties | uris | {"provisioningState": "Succeeded"}, body)
+        self.resources[resource["id"].lower()] = resource
+        return self._accepted(resource, 200 if known else 201, asyncio.sleep(0))
+
+    async def delete_endpoint(self, request: Request) -> Response:
+        resource = self._find(_id(request))
+        for id_ in [i for i in self.resources if i.startswith(resource["id"].lower() + "/")]:
+            del self.resources[id_]
+        del self.resources[resource["id"].lower()]
+        return self._accepted(None, 202, self.online.delete_endpoint(resource["name"]))
+
+    async def list_keys(self, request: Request) -> Response:
+        keys = self.online.endpoint(_name(request, -2)).keys
+        return JSONResponse({"primaryKey": keys["primary"], "secondaryKey": keys["secondary"]})
+
+    async def regenerate_keys(self, request: Request) -> Response:
+        body = await request.json()
+        keys = self.online.endpoint(_name(request, -2)).keys
+        which, value = (body.get("keyType") or "Primary").lower(), body.get("keyValue")
+        # The SDK sends the key of before as the value; that Azure draws a new one then is a GUESS from the call's name.
+        keys[which] = new_key() if value in (None, keys[which]) else value
+        return self._accepted(None, 202, asyncio.sleep(0))
+
+    async def token(self, request: Request) -> Response:
+        token, now = self.online.token(_name(request, -2)), int(time.time())
+        times = {"expiryTimeUtc": now + 43200, "refreshAfterTimeUtc": now + 21600}  # AUTH: 12 h, to be renewed before
+        return JSONResponse({"accessToken": token, "tokenType": "Bearer"} | times)
+
+    # Online deployments ----------------------------------------------------------------------------------------------
+
+    async def put_deployment(self, request: Request) -> Response:
+        """Accept a deployment and start it; the operation ends when all its instances are ready, or none will be."""
+        endpoint, name = _name(request, -3), _name(request)
+        body, known = await request.json(), self.resources.get(_id(request).lower())
+        self._find(_id(request).rpartition("/deployments/")[0])
+        prepared = self.online.prepare(endpoint, name, body, self.resources)
+        properties = dict(body.get("properties") or {}, provisioningState="Updating" if known else "Creating")
+        properties.setdefault("scaleSettings", {"scaleType": "Default"})
+        properties.setdefault("endpointComputeType", "Managed")
+        resource = _resource(request, properties, body)
+        resource.setdefault("sku", {"name": "Default", "capacity": 1})
+        self.resources[resource["id"].lower()] = resource
+
+        async def work() -> None:
+            try:
+                await self.online.deploy(prepared)
+                properties["provisioningState"] = "Succeeded"
+            except BaseException:
+                properties["provisioningState"] = "Failed"
+                raise
+
+        return self._accepted(resource, 200 if known else 201, work())
+
+    async def delete_deployment(self, request: Request) -> Response:
+        id_, endpoint, name = _id(request), _name(request, -3), _name(request)
+        self._find(id_)
+        self.online.check_without_traffic(endpoint, name)
+        del self.resources[id_.lower()]
+        return self._accepted(None, 202, self.online.delete_deployment(endpoint, name))
+
+    async def get_logs(self, request: Request) -> Response:
+        wanted = await request.json()
+        self._find(_id(request).rpartition("/")[0])
+        if wanted.get("containerType") == "StorageInitializer":
+            return JSONResponse({"content": "the desk has no storage initializer: files are simply there"})
+        lines = int(wanted.get("tail") or 500)
+        return JSONResponse({"content": self.online.log(_name(request, -4), _name(request, -2), lines)})
+
+    # Templates -------------------------------------------------------------------------------------------------------
+
+    async def put_template(self, request: Request) -> Response:
+        """Check a template's parameters as the resource manager does, and keep it. Nothing in it is carried out."""
+        properties = (await request.json())["properties"]
+        known, given = properties["template"].get("parameters", {}), properties.get("parameters", {})
+        missing = [name for name, p in known.items() if "defaultValue" not in p and name not in given]
+        if wrong := sorted({*missing, *(given.keys() - known.keys())}):
+            raise Refused(400, "InvalidTemplate", f"parameters that are missing or not in the template: {wrong}")
+        resource = _resource(request, properties | {"provisioningState": "Succeeded"})
+        self.resources[resource["id"].lower()] = resource
+        return JSONResponse(resource, 201)
+
+    # Batch: kept as they come; batch_resources.py runs jobs -----------------------------------------------------------
+
+    async def put_batch(self, request: Request) -> Response:
+        body, known = await request.json(), self.resources.get(_id(request).lower())
+        properties = dict(body.get("properties") or {}, provisioningState="Succeeded")
+        if "/deployments/" not in _id(request):
+            properties["scoringUri"] = f"{self.url}/batch/{_name(request)}/jobs"
+        resource = _resource(request, properties, body)
+        self.resources[resource["id"].lower()] = resource
+        return self._accepted(resource, 200 if known else 201, asyncio.sleep(0))
+
+    async def compute(self, request: Request) -> Response:
+        """Any cluster exists."""
+        return JSONResponse(_resource(request, {"computeType": "AmlCompute", "provisioningState": "Succeeded"}))
+
+    async def delete_batch(self, request: Request) -> Response:
+        id_ = self._find(_id(request))["id"].lower()
+        for key in [key for key in self.resources if key == id_ or key.startswith(id_ + "/")]:
+            del self.resources[key]
+        return self._accepted(None, 202, asyncio.sleep(0))
+
+    # Long-running operations -----------------------------------------------------------------------------------------
+
+    def _accepted(self, resource: Resource | None, status: int, work: Awaitable[None]) -> Response:
+        """Answer that `work` has begun; azure.mgmt.core's ARMPolling then asks the operation until it ends."""
+        id_ = str(uuid.uuid4())
+        self.operations[id_] = operation = {"id": f"/operations/{id_}", "name": id_, "status": "InProgress"}
+        task = asyncio.create_task(_work(operation, work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        address = f"{self.url}/operations/{id_}"
+        headers = {"Azure-AsyncOperation": address, "Location": address} | POLL
+        return (
+            Response(status_code=status, headers=headers)
+            if resource is None
+            else JSONResponse(resource, status, headers)
+        )
+
+    async def operation(self, request: Request) -> Response:
+        operation = self.operations.get(request.path_params["id"])
+        if operation is None:
+            return Refused(404, "ResourceNotFound", "there is no such operation").response()
+        headers = POLL if operation["status"] == "InProgress" else {}
+        return JSONResponse(operation, headers=headers)
+
+
+async def _work(operation: Resource, work: Awaitable[None]) -> None:
+    try:
+        await work
+        operation["status"] = "Succeeded"
+    except Refused as exc:
+        operation.update(status="Failed", error={"code": exc.code, "message": str(exc)})
+    except Exception as exc:  # our own mistake: the caller must not wait for ever
+        operation.update(status="Failed", error={"code": "InternalServerError", "message": repr(exc)})
+
+
+async def _unknown(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+    refused = Refused(
+        404, "NotOnTheDesk", f"Azure on the desk does not know {scope['method']} {scope['original_path']}"
+    )
+    await refused.response()(scope, receive, send)
+
+
+def _guarded(handler: Handler) -> Handler:
+    async def guarded(request: Request) -> Response:
+        request.path_params["original"] = request.scope["original_path"].split("/")
+        try:
+            return await handler(request)
+        except Refused as exc:
+            return exc.response()
+
+    return guarded
+
+
+def _id(request: Request) -> str:
+    id_: str = request.scope["original_path"]
+    return id_
+
+
+def _name(request: Request, place: int = -1) -> str:
+    """Return a part of the path as the caller wrote it; -1 is the last one."""
+    name: str = request.path_params["original"][place]
+    return name
+
+
+def _resource(request: Request, properties: Resource, body: Resource | None = None) -> Resource:
+    kind = f"Microsoft.MachineLearningServices/workspaces/{_name(request, -2)}"
+    return (body or {}) | {"id": _id(request), "name": _name(request), "type": kind, "properties": properties}
+
+
+def _uri(resource: Resource) -> object:
+    return resource["properties"].get("modelUri")
