@@ -18,7 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from contender_process import Generate, OnToken, apart
+from contender_process import Generate, OnToken, run_on_new_thread
 
 COMPRESSION: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "sym": False},
@@ -34,7 +34,7 @@ def by_openvino(folder: Path, dtype: str, greedy: bool) -> Generate:
     del greedy  # it always is, so that no sampler of ours is measured
     core = ov.Core()
     with tempfile.TemporaryDirectory() as scratch:
-        apart(convert_for_openvino, folder, Path(scratch), dtype)
+        run_on_new_thread(convert_for_openvino, folder, Path(scratch), dtype)
         model = core.read_model(Path(scratch) / "openvino_model.xml")
         keep_last_position(model)
         hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}

@@ -155,7 +155,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def apart(work: Callable[..., object], *args: object) -> None:
+def run_on_new_thread(work: Callable[..., object], *args: object) -> None:
     """Run `work` in a process that ends with it: what a conversion leaves behind is no memory of the contender's."""
     process = multiprocessing.get_context("spawn").Process(target=work, args=args)
     process.start()

@@ -27,7 +27,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from contender_process import Generate, OnToken, apart
+from contender_process import Generate, OnToken, run_on_new_thread
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -124,7 +124,7 @@ def by_ctranslate2(folder: Path, dtype: str, greedy: bool) -> Generate:
     del greedy  # it always is: its sampler has no nucleus to compare with
     with tempfile.TemporaryDirectory() as scratch:
         converted = Path(scratch) / "model"
-        apart(convert_for_ctranslate2, folder, converted, dtype)
+        run_on_new_thread(convert_for_ctranslate2, folder, converted, dtype)
         vocabulary: list[str] = json.loads((converted / "vocabulary.json").read_text(encoding="utf-8"))
         generator = ctranslate2.Generator(
             str(converted), device="cpu", compute_type=dtype, inter_threads=1, intra_threads=available_cores()
@@ -168,7 +168,7 @@ def by_llama_cpp(folder: Path, dtype: str, greedy: bool) -> Generate:
     lib.llama_log_set(silent, ctypes.c_void_p(0))
     with tempfile.TemporaryDirectory() as scratch:
         plain, wanted = Path(scratch) / "f32.gguf", Path(scratch) / "wanted.gguf"
-        apart(write_gguf, folder, plain)
+        run_on_new_thread(write_gguf, folder, plain)
         how = lib.llama_model_quantize_default_params()
         how.ftype = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}[dtype]
         if lib.llama_model_quantize(str(plain).encode(), str(wanted).encode(), ctypes.byref(how)):

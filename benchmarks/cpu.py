@@ -41,7 +41,7 @@ from tokenizers import Tokenizer
 from mptserve.azure_server.launch import Server
 from mptserve.engine import SamplingParams
 from mptserve.engine.checkpoint.config import read_config
-from mptserve.engine.loader import choose_placement
+from mptserve.engine.devices import choose_placement
 from mptserve.engine.memory import available_cores
 from mptserve.engine.start import EngineOptions, start_engine
 

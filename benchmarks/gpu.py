@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from mptserve.commands.bench import Ceilings, ceilings, limit, seconds
 from mptserve.engine import MPTEngine
 from mptserve.engine.checkpoint.config import MPTConfig, parse_config
-from mptserve.engine.loader import Placement, choose_placement
+from mptserve.engine.devices import choose_placement
+from mptserve.engine.placement import Placement
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.log import set_up_logging
 

@@ -19,10 +19,10 @@ from contenders import cpu_name
 from torch import Tensor
 
 from mptserve.commands.bench import ceilings
-from mptserve.engine.cpu.kernels import CompiledLinear, why_no_cpu_kernels
-from mptserve.engine.loader import Placement
+from mptserve.engine.cpu.kernels import why_no_cpu_kernels
+from mptserve.engine.cpu.linear import CompiledLinear, PackedLinear
 from mptserve.engine.memory import available_cores
-from mptserve.engine.model import PackedLinear
+from mptserve.engine.placement import Placement
 from mptserve.engine.quantization.codes import quantize
 
 Layer = Callable[[Tensor], Tensor]

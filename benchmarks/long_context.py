@@ -33,8 +33,9 @@ from mptserve.commands.bench import ceilings
 from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence
 from mptserve.engine.checkpoint.config import MPTConfig, parse_config
 from mptserve.engine.cpu import windows
-from mptserve.engine.loader import Placement, choose_placement
+from mptserve.engine.devices import choose_placement
 from mptserve.engine.memory import available_cores
+from mptserve.engine.placement import Placement
 from mptserve.engine.start import EngineOptions, start_engine
 
 MEMBERS: dict[str, dict[str, Any]] = {

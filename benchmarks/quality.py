@@ -20,18 +20,20 @@ from torch import Tensor
 
 from mptserve.commands.quantize import calibration_windows
 from mptserve.engine import Job, SamplingParams
-from mptserve.engine.cache import SlotCache
 from mptserve.engine.checkpoint.config import MPTConfig, read_config
 from mptserve.engine.checkpoint.reading import WeightReader, find_checkpoint
 from mptserve.engine.checkpoint.writing import write_quantized
-from mptserve.engine.cpu.attention import Chunk, SlotAttention
-from mptserve.engine.cpu.kernels import CompiledLinear, why_no_cpu_kernels
-from mptserve.engine.loader import Placement, load_model
+from mptserve.engine.cpu.attention import SlotAttention
+from mptserve.engine.cpu.linear import CompiledLinear
+from mptserve.engine.cpu.slot_cache import SlotCache
+from mptserve.engine.devices import load_model
 from mptserve.engine.model import MPT, Linear
+from mptserve.engine.placement import Placement
 from mptserve.engine.quantization.codes import quantize
 from mptserve.engine.quantization.gptq import quantize_gptq, second_moment
 from mptserve.engine.sequence import Sequence
 from mptserve.engine.start import EngineOptions, start_engine
+from mptserve.engine.step import Chunk
 from mptserve.tokenizer import Tokenizer
 
 CPU = torch.device("cpu")
@@ -113,7 +115,7 @@ def logits_of(model: MPT, windows: list[list[int]]) -> list[Tensor]:
     found = []
     for ids in windows:
         cache = SlotCache(model.config, 64, 2, 2048)
-        attention = SlotAttention(model.config, cache, not why_no_cpu_kernels())
+        attention = SlotAttention(model.config, cache)
         seq = Sequence(ids, SamplingParams(max_new_tokens=1), (0,), None, None, lambda _: None, None)
         assert cache.acquire(seq)
         with torch.inference_mode():

@@ -19,7 +19,8 @@ from contenders import SHAPES, cpu_name, write_random_model
 from mptserve.commands.bench import Ceilings, ceilings, measure, work
 from mptserve.engine.checkpoint.config import read_config
 from mptserve.engine.checkpoint.reading import WeightReader
-from mptserve.engine.loader import Placement, choose_placement, chosen_quant
+from mptserve.engine.devices import choose_placement
+from mptserve.engine.placement import Placement, chosen_quant
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.log import set_up_logging
 

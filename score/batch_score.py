@@ -1,7 +1,7 @@
-"""Azure ML's batch door: its parallel driver calls init() once per process and run(mini_batch) for lists of files.
+"""Entry script of Azure ML's batch jobs: the parallel driver calls init() once per process, then run(mini_batch).
 
-The results are files below AZUREML_BI_OUTPUT_PATH. What run() returns is what the driver counts, and with `append_row`
-writes down: one line for every file that succeeded.
+A mini-batch is a list of files. The results are files below AZUREML_BI_OUTPUT_PATH. run() returns one line for every
+file that succeeded: the driver counts them, and with `append_row` writes them down.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Azure ML's online door: azmlinfsrv calls init() once and run(request) for every request to /score.
+"""Entry script of Azure ML's online server: azmlinfsrv calls init() once and run(request) for every request to /score.
 
 The host loads this file by its path, so the folder is put on sys.path first: the package beside this file is the one
 that runs, never an installed copy.
@@ -12,8 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from azureml_inference_server_http.api.aml_request import rawhttp
 from flask import Request, Response, g
 
-from mptserve.azure_server import app as azml_host
+from mptserve.azure_server import app
 from mptserve.log import set_up_logging
+from mptserve.process import exit_soon
 from mptserve.service import Service
 from mptserve.settings import read_settings
 
@@ -25,14 +26,14 @@ def init() -> None:
     global service
     settings = read_settings()
     set_up_logging(settings.log_level)
-    service = Service(settings, on_failure=azml_host.exit_on_failure)
-    azml_host.keep_answers_private()
-    azml_host.add_routes(service)
-    azml_host.drain_on_sigterm(service)
-    azml_host.refuse_to_be_forked()
+    service = Service(settings, on_failure=exit_soon)
+    app.keep_answers_private()
+    app.add_routes(service)
+    app.drain_on_sigterm(service)
+    app.refuse_to_be_forked()
 
 
 @rawhttp
 def run(request: Request) -> Response:
     """Answer one request; `g.request_id` is the host's, and goes back in the x-request-id header."""
-    return azml_host.score(service, request, g.request_id)
+    return app.score(service, request, g.request_id)

@@ -1,6 +1,7 @@
 """The way of a request, on one screen: bytes, request, token ids, engine, text, answer.
 
-Doors (score.py and its siblings) turn HTTP into `Service.generate` and its Answer back into HTTP; nothing else.
+Servers turn HTTP into `Service.generate` and its Answer back into HTTP; nothing else. `Service` waits in the caller's
+thread, `AsyncService` (async_service.py) in an event loop; `BaseService` is what they share.
 """
 
 import json
@@ -8,7 +9,7 @@ import logging
 import queue
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,10 +34,13 @@ from mptserve.request import GenerateRequest, PromptRequest, RequestParser
 from mptserve.response import KEEP_ALIVE, Result, answer, details, event, headers, timings_ms
 from mptserve.safety import Verdict, content_safety
 from mptserve.settings import Settings
-from mptserve.streaming import Flow, Piece, Running, prompt_texts, text_stream
+from mptserve.streaming import RunningSequence, StreamState, Submission, TextDelta, prompt_texts, text_stream
 from mptserve.tokenizer import TextStream, Tokenizer
 
 log = logging.getLogger(__name__)
+
+StreamItem = TextDelta | list[Result] | None
+"""What a stream yields: text; None after KEEP_ALIVE_S of silence; last the results, without texts."""
 
 KEEP_ALIVE_S = 1.0
 """Silence in a stream after which a comment is sent."""
@@ -44,16 +48,20 @@ KEEP_ALIVE_S = 1.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What a door sends back: a whole body, or events while they come. Close `events` when the reader is gone."""
+    """What a server sends back: a whole body, or server-sent events as they come.
+
+    cancel: call it when the reader is gone, whether or not `events` was read.
+    """
 
     status: int
     headers: dict[str, str]
     body: bytes = b""
-    events: Iterator[str] | None = None
+    events: Iterator[str] | AsyncGenerator[str, None] | None = None
+    cancel: Callable[[], None] = lambda: None
 
 
-class Service:
-    """A tokenizer and an engine that answer requests, from any number of threads."""
+class BaseService:
+    """A tokenizer and an engine, and all that a request needs of them which does not wait."""
 
     def __init__(self, settings: Settings, on_failure: Callable[[str], None] = lambda _: None) -> None:
         """Load the model. Raises StartupError's children, saying what to change."""
@@ -93,27 +101,8 @@ class Service:
             return f"engine failed: {self.engine.failure}"
         return "draining" if self.engine.draining else None
 
-    def generate(self, body: bytes, request_id: str, alive: Callable[[], bool] | None = None) -> Answer:
-        """Answer one request; never raises for what a caller sends.
-
-        request_id: goes into errors and the log.  alive: asked now and then whether the caller still listens.
-        """
-        started = time.monotonic()
-        try:
-            request = self.parser.parse(body)
-            running = self.submit(request, started)
-            if request.stream:
-                return Answer(200, {}, events=self._events(request, running, request_id, started))
-            results = self.results(request, running, alive)
-            self.log_results(results, request_id, started)
-            return self.answer(request, results)
-        except ScoringError as exc:
-            return self.refuse(exc, request_id, started)
-        except Exception:
-            return self.refuse(self.failure(request_id), request_id, started)
-
     def answer(self, request: GenerateRequest, results: list[Result]) -> Answer:
-        """Return the answer that finished sequences are."""
+        """Return the answer made of finished sequences."""
         payload = json.dumps(answer(request, results, self.tokenizer), ensure_ascii=False).encode("utf-8")
         return Answer(200, headers(results), payload)
 
@@ -123,20 +112,17 @@ class Service:
         return GenerationFailed("unexpected; the log has the reason")
 
     def refuse(self, exc: ScoringError, request_id: str, started: float) -> Answer:
-        """Return the answer that an error is, counted and logged; started: on the monotonic clock."""
+        """Return the answer for an error, counted and logged. started: on the monotonic clock."""
         self.log_error(exc, request_id, started)
         extra = {} if exc.retry_after_s is None else {"Retry-After": str(exc.retry_after_s)}
         return Answer(exc.status, extra, json.dumps(exc.as_json(request_id)).encode())
 
-    def submit(self, request: GenerateRequest, started: float, events: TokenSink | None = None) -> list[Running]:
+    def _submit(self, request: GenerateRequest, started: float, tokens: TokenSink | None) -> Submission:
         """Encode every prompt and hand all sequences to the engine, or none; raises ScoringError's children.
 
-        started: on the monotonic clock; the deadline counts from it.  events: where tokens go; left out, requests that
-        ask for a stream get a queue.  Go on with `results`, or `stream` when the request asks for one.
+        started: on the monotonic clock; the deadline counts from it.  tokens: where the tokens go.
         """
         deadline = started + self.settings.deadline_ms / 1000
-        if events is None and request.stream:
-            events = TokenQueue()
         jobs: list[Job] = []
         places: list[tuple[int, int, tuple[str, ...], bool, Verdict | None]] = []
         for i, prompt in enumerate(request.prompts):
@@ -148,13 +134,14 @@ class Service:
                 sampling = replace(params, seed=derived_seed(params.seed, number))
                 stop_ids = template.stop_ids if template else ()
                 check = self._stop_check(stop, stop_ids, request.repetition_guard)
-                jobs.append(Job(ids, sampling, deadline, check, events))
+                jobs.append(Job(ids, sampling, deadline, check, tokens))
                 places.append((i, number, stop, template is not None, verdict))
         generations = self.engine.submit_all(jobs)
-        return [
-            Running(i, number, g, stop, chat, verdict)
-            for (i, number, stop, chat, verdict), g in zip(places, generations, strict=True)
+        running = [
+            RunningSequence(i, number, generation, stop, chat, verdict)
+            for (i, number, stop, chat, verdict), generation in zip(places, generations, strict=True)
         ]
+        return Submission(request, running, tokens)
 
     def encode(self, prompt: "str | ChatPrompt | tuple[int, ...]") -> list[int]:
         """Return a prompt's token ids. Control tokens count in a plain prompt, and never in what a message says."""
@@ -218,38 +205,30 @@ class Service:
 
         return stopped
 
-    def results(
-        self, request: GenerateRequest, running: list[Running], alive: Callable[[], bool] | None = None
-    ) -> list[Result]:
-        """Return every sequence's result in order; if one fails, or the deadline is an error, the others end too."""
-
-        def still_alive() -> bool:
-            if alive is None or alive():
-                return True
-            for r in running:
-                r.generation.cancel()
-            return False
-
-        try:
-            results = [self._result(request, r, r.generation.result(still_alive if alive else None)) for r in running]
-        except ScoringError:
-            for r in running:
-                r.generation.cancel()
-            raise
+    def _results(self, submission: Submission) -> list[Result]:
+        """Return every sequence's result in order, all of them finished. Raises DeadlineExceeded."""
+        results = [self._result(submission.request, r) for r in submission.running]
         self._check_deadline(results)
         return results
 
-    def _result(self, request: GenerateRequest, running: Running, seq: Sequence) -> Result:
+    def _result(self, request: GenerateRequest, running: RunningSequence) -> Result:
         text = text_stream(running, self.tokenizer)
+        seq = running.sequence
         generated = text.push(*(t.id for t in seq.out if t.id not in seq.eos_ids)) + text.finish()
         prompt = request.prompts[running.prompt].prompt if request.return_full_text else ""
-        result = self._ended(running, None if self.safety is None else self.safety.judge(generated))
+        result = self._without_text(running, None if self.safety is None else self.safety.judge(generated))
         if result.finish_reason == "content_filter":
             generated = ""
         return replace(result, text=(prompt if isinstance(prompt, str) else "") + generated)
 
-    def _ended(self, running: Running, verdict: Verdict | None) -> Result:
-        """Return the result of a finished sequence, without its text."""
+    def _streamed_results(self, submission: Submission, state: StreamState) -> list[Result]:
+        """Return the results of a finished stream, without texts. Raises DeadlineExceeded where that is an error."""
+        results = [self._without_text(r, state.verdict(r)) for r in submission.running]
+        self._check_deadline(results)
+        return results
+
+    def _without_text(self, running: RunningSequence, verdict: Verdict | None) -> Result:
+        """Return the result of a finished sequence, without its text. verdict: on what was generated."""
         verdicts = {"prompt": running.verdict, "answer": verdict}
         known = {what: v for what, v in verdicts.items() if v is not None}
         return Result(running.prompt, running.number, "", running.sequence, known)
@@ -261,59 +240,6 @@ class Service:
                 f"{len(late)} of {len(results)} sequences were not done after {self.settings.deadline_ms} ms"
             )
 
-    def stream(
-        self, request: GenerateRequest, running: list[Running]
-    ) -> Generator[Piece | list[Result] | None, None, None]:
-        """Yield pieces of text as they come, None after KEEP_ALIVE_S of silence, and last the results, without texts.
-
-        Raises as `results` does. Closing it, as a server does when the reader is gone, cancels every sequence.
-        """
-        events = running[0].sequence.events
-        assert isinstance(events, queue.SimpleQueue)
-        flow = Flow(request, running, self.tokenizer)
-        try:
-            yield from flow.prompts()
-            while flow.left:
-                try:
-                    item = events.get(timeout=KEEP_ALIVE_S)
-                except queue.Empty:
-                    yield None
-                    continue
-                piece = flow.take(*item)
-                if piece is not None and self.safety is not None and (piece := flow.portion(piece)) is not None:
-                    piece = flow.judged(piece, self.safety.judge(flow.context(piece)))
-                if piece is not None:
-                    yield piece
-            yield self.flow_results(flow, running)
-        finally:
-            for r in running:
-                r.generation.cancel()
-
-    def flow_results(self, flow: Flow, running: list[Running]) -> list[Result]:
-        """Return the results of a finished stream, without texts. Raises DeadlineExceeded where that is an error."""
-        results = [self._ended(r, flow.verdict(r)) for r in running]
-        self._check_deadline(results)
-        return results
-
-    def _events(
-        self, request: GenerateRequest, running: list[Running], request_id: str, started: float
-    ) -> Iterator[str]:
-        """Yield the stream as server-sent events: `text` pieces, then `done` with the details, or `error`."""
-        stream = self.stream(request, running)
-        try:
-            for item in stream:
-                if isinstance(item, list):
-                    self.log_results(item, request_id, started)
-                yield score_event(item, self.tokenizer)
-        except ScoringError as exc:
-            self.log_error(exc, request_id, started)
-            yield event("error", exc.as_json(request_id))
-        except GeneratorExit:
-            self.log_gone(running, request_id, started)
-            raise
-        finally:
-            stream.close()
-
     def log_error(self, exc: ScoringError, request_id: str, started: float) -> None:
         """Count and log a request that was refused, or failed in the middle of its stream."""
         self._log_request(exc.status, exc.code, request_id, started, [])
@@ -324,9 +250,9 @@ class Service:
         gone = any(r.finish_reason == "cancelled" for r in results)
         self._log_request(499 if gone else 200, "client_gone" if gone else "", request_id, started, sequences)
 
-    def log_gone(self, running: list[Running], request_id: str, started: float) -> None:
+    def log_gone(self, submission: Submission, request_id: str, started: float) -> None:
         """Count and log a request whose caller went away."""
-        self._log_request(499, "client_gone", request_id, started, [r.sequence for r in running])
+        self._log_request(499, "client_gone", request_id, started, [r.sequence for r in submission.running])
 
     def _log_request(self, status: int, code: str, request_id: str, started: float, sequences: list[Sequence]) -> None:
         seconds = time.monotonic() - started
@@ -344,11 +270,113 @@ class Service:
         log.info("request", extra={"numbers": numbers})
 
 
-def score_event(item: Piece | list[Result] | None, tokenizer: Tokenizer) -> str:
-    """Return what a reader of /score gets of one item of a stream: a comment, `text`, or last `done` with details."""
+class Service(BaseService):
+    """Answers requests from any number of threads, each of which waits for its own."""
+
+    def generate(self, body: bytes, request_id: str, alive: Callable[[], bool] | None = None) -> Answer:
+        """Answer one request to /score; never raises for what a caller sends.
+
+        request_id: goes into errors and the log.  alive: asked now and then whether the caller still listens.
+        """
+        started = time.monotonic()
+        try:
+            submission = self.submit(self.parser.parse(body), started)
+            if submission.request.stream:
+                events = self._events(submission, request_id, started)
+                return Answer(200, {}, events=events, cancel=submission.cancel)
+            results = self.results(submission, alive)
+            self.log_results(results, request_id, started)
+            return self.answer(submission.request, results)
+        except ScoringError as exc:
+            return self.refuse(exc, request_id, started)
+        except Exception:
+            return self.refuse(self.failure(request_id), request_id, started)
+
+    def submit(self, request: GenerateRequest, started: float, tokens: TokenSink | None = None) -> Submission:
+        """Hand a request to the engine, all of its sequences or none; raises ScoringError's children.
+
+        started: on the monotonic clock; the deadline counts from it.  tokens: where tokens go; without, those of a
+        streamed request go to a queue that `stream` reads. Continue with `results`, or with `stream`.
+        """
+        if tokens is None and request.stream:
+            tokens = TokenQueue()
+        return self._submit(request, started, tokens)
+
+    def results(self, submission: Submission, alive: Callable[[], bool] | None = None) -> list[Result]:
+        """Wait for every sequence and return the results in order. If one fails, the others end too.
+
+        alive: as in `generate`; once it says no, all sequences are cancelled. Raises the error that ended a sequence,
+        and DeadlineExceeded.
+        """
+
+        def still_alive() -> bool:
+            if alive is None or alive():
+                return True
+            submission.cancel()
+            return False
+
+        try:
+            for r in submission.running:
+                r.generation.result(still_alive if alive else None)
+        except ScoringError:
+            submission.cancel()
+            raise
+        return self._results(submission)
+
+    def stream(self, submission: Submission) -> Generator[StreamItem, None, None]:
+        """Yield the text of a streamed request as it comes, and last the results; raises as `results` does.
+
+        Closing it, as a server does when the reader is gone, cancels every sequence.
+        """
+        tokens = submission.tokens
+        assert isinstance(tokens, queue.SimpleQueue)
+        state = StreamState(submission, self.tokenizer)
+        try:
+            yield from state.prompts()
+            while state.n_left:
+                try:
+                    item = tokens.get(timeout=KEEP_ALIVE_S)
+                except queue.Empty:
+                    yield None
+                    continue
+                delta = state.take(*item)
+                if delta is not None and self.safety is not None and (delta := state.portion(delta)) is not None:
+                    delta = state.judged(delta, self.safety.judge(state.context(delta)))
+                if delta is not None:
+                    yield delta
+            yield self._streamed_results(submission, state)
+        finally:
+            submission.cancel()
+
+    def _events(self, submission: Submission, request_id: str, started: float) -> Iterator[str]:
+        """Yield the stream as server-sent events, counted and logged."""
+        logged = False
+        try:
+            for item in self.stream(submission):
+                if isinstance(item, list):
+                    self.log_results(item, request_id, started)
+                    logged = True
+                yield score_event(item, self.tokenizer)
+        except ScoringError as exc:
+            self.log_error(exc, request_id, started)
+            logged = True
+            yield event("error", exc.as_json(request_id))
+        except Exception:
+            failure = self.failure(request_id)
+            self.log_error(failure, request_id, started)
+            logged = True
+            yield event("error", failure.as_json(request_id))
+        finally:
+            submission.cancel()
+            if not logged:
+                self.log_gone(submission, request_id, started)
+
+
+def score_event(item: StreamItem, tokenizer: Tokenizer) -> str:
+    """Return one item of a stream as /score sends it: a comment, an event `text`, or last `done` with the details."""
     if item is None:
         return KEEP_ALIVE
-    if isinstance(item, Piece):
+    if isinstance(item, TextDelta):
         return event("text", {"prompt": item.running.prompt, "sequence": item.running.number, "text": item.text})
     return event(
         "done", {"results": [{"prompt": r.prompt, "sequence": r.number} | details(r, tokenizer) for r in item]}

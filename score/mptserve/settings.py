@@ -74,7 +74,7 @@ class Settings:
     speculate_tokens: int = _setting(
         "MPT_SPECULATE_TOKENS",
         0,
-        "most draft tokens of speculative decoding, up to 15, for a sequence that runs alone and repeats itself; "
+        "CPU: most draft tokens of speculative decoding, up to 15, for a sequence that runs alone and repeats itself; "
         "answers stay the same; 0: off",
         high=15,
     )

@@ -1,9 +1,11 @@
-"""Sequences on their way to text: what belongs to each, and the pieces that a reader may see of it."""
+"""A submitted request on its way to text: its sequences, and the text of them that a reader may see.
 
-from collections.abc import Iterable
+What is here does not wait: service.py waits in threads, async_service.py in an event loop.
+"""
+
 from dataclasses import dataclass, field, replace
 
-from mptserve.engine import Generation, Sequence, Token
+from mptserve.engine import Generation, Sequence, Token, TokenSink
 from mptserve.prompt import ChatPrompt
 from mptserve.request import GenerateRequest
 from mptserve.safety import Verdict
@@ -12,14 +14,15 @@ from mptserve.tokenizer import TextStream, Tokenizer
 PORTION_CHARS = 240
 """How much of a stream waits for one verdict of content safety: a few sentences, so that it has something to judge."""
 CONTEXT_CHARS = 1000
-"""What was shown before is judged again together with the new."""
+"""Text that was sent before is judged again together with the new."""
 
 
 @dataclass(frozen=True)
-class Running:
-    """One sequence on its way: sequence `number` of prompt `prompt` of its request.
+class RunningSequence:
+    """Sequence `number` of prompt `prompt` of a request, in the engine.
 
-    stop: its stop strings, the template's too.  verdict: content safety's of its prompt.
+    stop: its stop strings, the template's too.  chat: whether the prompt is a conversation.  verdict: content safety's
+    of its prompt.
     """
 
     prompt: int
@@ -35,100 +38,115 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Text that a streamed sequence goes on with, and the tokens it came from.
+class Submission:
+    """A request that the engine has taken. tokens: where the tokens of its sequences go, if anywhere."""
 
-    Whole characters, nothing of a stop string. Tokens whose text is held back come with a later piece.
+    request: GenerateRequest
+    running: list[RunningSequence]
+    tokens: TokenSink | None = None
+
+    def cancel(self) -> None:
+        """End every sequence that has not ended within one step; harmless at any time, from any thread."""
+        for r in self.running:
+            if r.sequence.finish_reason is None:
+                r.generation.cancel()
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """Text that a streamed sequence continues with, and the tokens it came from.
+
+    Whole characters, nothing of a stop string. Tokens whose text is held back come with a later delta.
     """
 
-    running: Running
+    running: RunningSequence
     text: str
     tokens: tuple[Token, ...] = ()
 
 
 @dataclass
-class _Stream:
-    """One sequence of a flow: what is held back of it, and what was shown."""
+class _SequenceState:
+    """One sequence of a stream: what is held back of it, and what was sent."""
 
-    running: Running
+    running: RunningSequence
     text: TextStream
     held: str = ""
     tokens: list[Token] = field(default_factory=list)
-    shown: str = ""
+    sent: str = ""
     verdict: Verdict | None = None
 
 
-class Flow:
-    """Tokens of a streamed request in, pieces of text out. For one thread, or one event loop."""
+class StreamState:
+    """Tokens of a streamed request in, text out. For one thread, or one event loop."""
 
-    def __init__(self, request: GenerateRequest, running: Iterable[Running], tokenizer: Tokenizer) -> None:
-        self._request = request
-        self._streams = {r.sequence: _Stream(r, text_stream(r, tokenizer)) for r in running}
-        self.left = len(self._streams)
+    def __init__(self, submission: Submission, tokenizer: Tokenizer) -> None:
+        self._request = submission.request
+        self._states = {r.sequence: _SequenceState(r, text_stream(r, tokenizer)) for r in submission.running}
+        self.n_left = len(self._states)
 
-    def prompts(self) -> list[Piece]:
-        """Return the pieces that come before any token: the prompts, where the caller wants them back."""
+    def prompts(self) -> list[TextDelta]:
+        """Return the text that comes before any token: the prompts, where the caller wants them back."""
         if not self._request.return_full_text:
             return []
-        texts = [self._request.prompts[s.running.prompt].prompt for s in self._streams.values()]
-        pieces = zip(self._streams.values(), texts, strict=True)
-        return [Piece(s.running, text) for s, text in pieces if isinstance(text, str)]
+        texts = [self._request.prompts[s.running.prompt].prompt for s in self._states.values()]
+        pairs = zip(self._states.values(), texts, strict=True)
+        return [TextDelta(s.running, text) for s, text in pairs if isinstance(text, str)]
 
-    def take(self, seq: Sequence, token: Token | None) -> Piece | None:
+    def take(self, seq: Sequence, token: Token | None) -> TextDelta | None:
         """Take what the engine says next of one sequence; return the text that this made certain, if any.
 
         Raises the ScoringError that ended the sequence, if one did.
         """
-        stream = self._streams[seq]
+        state = self._states[seq]
         if token is None:
-            self.left -= 1
+            self.n_left -= 1
             if seq.error is not None:
                 raise seq.error
-            text = stream.text.finish()
+            text = state.text.finish()
         else:
-            stream.tokens.append(token)
-            text = "" if token.id in seq.eos_ids else stream.text.push(token.id)
-        if not text and not (token is None and (stream.tokens or stream.held)):
+            state.tokens.append(token)
+            text = "" if token.id in seq.eos_ids else state.text.push(token.id)
+        if not text and not (token is None and (state.tokens or state.held)):
             return None
-        piece = Piece(stream.running, text, tuple(stream.tokens))
-        stream.tokens = []
-        return piece
+        delta = TextDelta(state.running, text, tuple(state.tokens))
+        state.tokens = []
+        return delta
 
-    def portion(self, piece: Piece) -> Piece | None:
-        """Hold a piece back until there is enough of its sequence to judge; return all of that."""
-        stream = self._streams[piece.running.sequence]
-        if stream.verdict is not None and stream.verdict.blocked:
+    def portion(self, delta: TextDelta) -> TextDelta | None:
+        """Hold text back until there is enough of its sequence to judge; return all of that."""
+        state = self._states[delta.running.sequence]
+        if state.verdict is not None and state.verdict.blocked:
             return None
-        stream.held += piece.text
-        stream.tokens[:0] = piece.tokens
-        if len(stream.held) < PORTION_CHARS and piece.running.sequence.finish_reason is None:
+        state.held += delta.text
+        state.tokens[:0] = delta.tokens
+        if len(state.held) < PORTION_CHARS and delta.running.sequence.finish_reason is None:
             return None
-        whole = replace(piece, text=stream.held, tokens=tuple(stream.tokens))
-        stream.held, stream.tokens = "", []
+        whole = replace(delta, text=state.held, tokens=tuple(state.tokens))
+        state.held, state.tokens = "", []
         return whole
 
-    def context(self, piece: Piece) -> str:
-        """Return what is to be judged of a portion: with the end of what was shown before it."""
-        return self._streams[piece.running.sequence].shown[-CONTEXT_CHARS:] + piece.text
+    def context(self, portion: TextDelta) -> str:
+        """Return what is to be judged of a portion: with the end of what was sent before it."""
+        return self._states[portion.running.sequence].sent[-CONTEXT_CHARS:] + portion.text
 
-    def judged(self, piece: Piece, verdict: Verdict) -> Piece | None:
+    def judged(self, portion: TextDelta, verdict: Verdict) -> TextDelta | None:
         """Note the verdict on a portion and return it, or end its sequence and return nothing."""
-        stream = self._streams[piece.running.sequence]
-        worst = {} if stream.verdict is None else stream.verdict.severities
+        state = self._states[portion.running.sequence]
+        worst = {} if state.verdict is None else state.verdict.severities
         severities = {k: max(worst.get(k, 0), verdict.severities.get(k, 0)) for k in worst | verdict.severities}
-        stream.verdict = Verdict(verdict.blocked, severities)
+        state.verdict = Verdict(verdict.blocked, severities)
         if verdict.blocked:
-            piece.running.generation.cancel()
+            portion.running.generation.cancel()
             return None
-        stream.shown += piece.text
-        return piece
+        state.sent += portion.text
+        return portion
 
-    def verdict(self, running: Running) -> Verdict | None:
+    def verdict(self, running: RunningSequence) -> Verdict | None:
         """Return content safety's verdict on what was generated so far, where it was asked."""
-        return self._streams[running.sequence].verdict
+        return self._states[running.sequence].verdict
 
 
-def text_stream(running: Running, tokenizer: Tokenizer) -> TextStream:
+def text_stream(running: RunningSequence, tokenizer: Tokenizer) -> TextStream:
     """Return what turns the tokens of a sequence into its text."""
     return TextStream(tokenizer, running.stop, trim=running.chat)
 

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engines import sequence
-from mptserve.engine.cache import BLOCK, PagedCache, SlotCache, n_blocks_for
+from mptserve.engine.cache import BLOCK, n_blocks_for
 from mptserve.engine.checkpoint.config import parse_config
+from mptserve.engine.cpu.slot_cache import SlotCache
 from mptserve.engine.memory import _machine_bytes
+from mptserve.engine.paged_cache import PagedCache
 from mptserve.engine.sequence import Sequence, block_keys
 from tiny import tiny_config
 

@@ -15,16 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mptserve.engine.cpu import kernels as cpu_kernels
-from mptserve.engine.cpu.kernels import (
-    CompiledLinear,
-    attend,
-    attend_tiles,
-    linear,
-    pack,
-    store,
-    why_no_cpu_kernels,
-)
-from mptserve.engine.loader import choose_placement
+from mptserve.engine.cpu.kernels import attend, attend_tiles, linear, pack, store, why_no_cpu_kernels
+from mptserve.engine.cpu.linear import CompiledLinear
+from mptserve.engine.devices import choose_placement
 from mptserve.engine.model import Norm, alibi_slopes
 from mptserve.engine.quantization.codes import GROUP, Quantized, dequantize, quantize
 from mptserve.engine.quantization.codes import pack as pack_4_bits
@@ -205,7 +198,8 @@ def test_attention_equals_its_formula(heads: int, head_dim: int, bias_max: int) 
     first[4:, 1:] = 32
     slopes, scale = alibi_slopes(heads, bias_max), head_dim**-0.5
     for start in (None, first):
-        found = attend(q, cache, slots, positions, start, slopes, scale)
+        found = torch.empty(rows, heads, head_dim)
+        attend(q, cache, slots, positions, start, slopes, scale, found)
         for i, (slot, position) in enumerate(zip(slots.tolist(), positions.tolist(), strict=True)):
             for h in range(heads):
                 begin = int(start[i, h]) if start is not None else 0
@@ -214,9 +208,8 @@ def test_attention_equals_its_formula(heads: int, head_dim: int, bias_max: int) 
                 weight = (keys @ q[i, h].double() * scale + slopes[h].double() * distance).softmax(0)
                 torch.testing.assert_close(found[i, h].double(), weight @ values, atol=2e-6, rtol=1e-5)
             one = slice(i, i + 1)
-            alone = attend(
-                q[one], cache, slots[one], positions[one], None if start is None else start[one], slopes, scale
-            )
+            alone, first_key = torch.empty(1, heads, head_dim), None if start is None else start[one]
+            attend(q[one], cache, slots[one], positions[one], first_key, slopes, scale, alone)
             assert torch.equal(alone[0], found[i])
 
 
@@ -260,12 +253,14 @@ def test_a_query_of_a_prompt_has_the_same_bits_alone_and_wherever_the_prompt_end
 
 
 def test_keys_and_values_go_where_they_belong_and_nowhere_else() -> None:
-    kv, cache = random(6, 3, 4, 16)[:, 1:], torch.zeros(2, 3, 4, 32, 16)
-    tokens, slots, positions = torch.tensor([0, 2, 5]), torch.tensor([2, 0, 2]), torch.tensor([31, 0, 7])
-    want = cache.clone()
-    want[:, slots, :, positions] = kv[tokens]
-    store(kv, tokens, slots, positions, cache)
-    assert torch.equal(cache, want)
+    for n in (3, 70):  # by one thread, and by several
+        kv, cache = random(n, 3, 4, 16)[:, 1:], torch.zeros(2, 3, 4, 32, 16)
+        places = torch.randperm(96)[:n]
+        slots, positions = places // 32, places % 32
+        want = cache.clone()
+        want[:, slots, :, positions] = kv
+        store(kv, slots, positions, cache)
+        assert torch.equal(cache, want)
 
 
 def test_the_library_is_compiled_once_and_kept_where_only_its_owner_writes(

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import MptForCausalLM
 
-from engines import COMPILED, Tiny, all_logits, generate, load_tiny, make_engine, random_ids
+from engines import CACHES, COMPILED, Tiny, all_logits, generate, load_tiny, make_engine, needs_kernels, random_ids
 from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.checkpoint.config import read_config
 from mptserve.engine.sampling import derived_seed
@@ -62,7 +62,7 @@ def test_greedy_text_equals_transformers_over_200_tokens() -> None:
     engine.close()
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+@pytest.mark.parametrize("paged", CACHES)
 def test_cached_decoding_equals_computing_everything_anew(tiny: Tiny, paged: bool) -> None:
     engine, prompt = make_engine(tiny.model, paged=paged), random_ids(45, seed=1)
     out = generate(engine, prompt, max_new_tokens=60, temperature=0.0, ignore_eos=True)
@@ -71,6 +71,7 @@ def test_cached_decoding_equals_computing_everything_anew(tiny: Tiny, paged: boo
     assert out == uncached.argmax(-1).tolist()
 
 
+@needs_kernels
 def test_a_row_in_a_churning_batch_of_16_equals_the_row_alone(any_dtype: Tiny) -> None:
     """Rows of all lengths join and leave, with and without sampling, penalties, short and long prompts."""
     jobs = [
@@ -90,7 +91,7 @@ def test_a_row_in_a_churning_batch_of_16_equals_the_row_alone(any_dtype: Tiny) -
     assert found == expected
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+@pytest.mark.parametrize("paged", CACHES)
 def test_preempted_sequences_equal_undisturbed_ones(tiny: Tiny, paged: bool) -> None:
     """Room for about four of twelve sequences: they take turns, and none notices."""
     jobs = [(random_ids(20 + 5 * i, seed=i), sampled(i, max_new_tokens=70)) for i in range(12)]
@@ -110,7 +111,7 @@ def test_preempted_sequences_equal_undisturbed_ones(tiny: Tiny, paged: bool) -> 
         assert found == expected
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+@pytest.mark.parametrize("paged", CACHES)
 def test_a_reused_prefix_gives_the_same_tokens_and_is_not_computed_again(tiny: Tiny, paged: bool) -> None:
     shared = random_ids(100, seed=1)
     prompts = [shared + random_ids(20, seed=i) for i in range(2, 8)]
@@ -128,7 +129,7 @@ def test_a_reused_prefix_gives_the_same_tokens_and_is_not_computed_again(tiny: T
     assert stats.prompt_tokens == 6 * 120 - 5 * 96
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+@pytest.mark.parametrize("paged", CACHES)
 def test_the_same_prompt_at_once_is_computed_once(tiny: Tiny, paged: bool) -> None:
     prompt = random_ids(130, seed=1)
     engine = make_engine(tiny.model, paged=paged)

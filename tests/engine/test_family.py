@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import MptConfig, MptForCausalLM
 
 from mptserve.engine.checkpoint.config import MPTConfig, parse_config
-from mptserve.engine.loader import Placement, load_model
+from mptserve.engine.devices import load_model
 from mptserve.engine.model import MPT
+from mptserve.engine.placement import Placement
 from mptserve.engine.quantization.codes import stored_shapes, weight_bytes
 from tiny import tiny_config
 

@@ -17,7 +17,8 @@ from mptserve.commands.check import main as check
 from mptserve.engine.checkpoint.config import parse_config, read_config
 from mptserve.engine.checkpoint.reading import Checkpoint, WeightReader
 from mptserve.engine.checkpoint.writing import write_quantized
-from mptserve.engine.loader import Placement, load_model
+from mptserve.engine.devices import load_model
+from mptserve.engine.placement import Placement
 from mptserve.engine.quantization.calibration import calibrated_weights
 from mptserve.engine.quantization.codes import Quantized, dequantize, is_quantized, quantize
 from mptserve.engine.quantization.gptq import quantize_gptq, second_moment

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from engines import sequence
 from mptserve.engine import sampling
-from mptserve.engine.gpu.row_state import LaneState, new_lanes, set_lanes
+from mptserve.engine.gpu.row_state import RowStates, RowUpdate, new_row_states, set_row_states
 from mptserve.engine.model import alibi_slopes
 from mptserve.engine.sampling import sample
 from mptserve.engine.sequence import BLOCK, SamplingParams, Sequence
@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 import triton
 import triton.language as tl
 
-from mptserve.engine.gpu import kernels
+from mptserve.engine.gpu import attention_kernels, linear_kernels, sampling_kernel
 from races import ORDERS, ordered
 
 pytestmark = pytest.mark.long
@@ -54,10 +54,10 @@ class Store:
         n_blocks = [-(-(n + room) // BLOCK) for n in lengths]
         order = (torch.randperm(sum(n_blocks), generator=generator) + 1).tolist()
         table = torch.zeros(len(lengths) + 1, max(n_blocks), dtype=torch.int32)
-        for lane, n in enumerate(n_blocks):
-            table[lane, :n] = torch.tensor([order.pop() for _ in range(n)])
+        for slot, n in enumerate(n_blocks):
+            table[slot, :n] = torch.tensor([order.pop() for _ in range(n)])
         blocks = sum(n_blocks) + 1
-        self.cache = kernels.KernelCache(
+        self.cache = attention_kernels.LayerCache(
             torch.zeros(2, blocks, heads, BLOCK, head_dim, dtype=torch.int8 if int8 else dtype, device=DEVICE),
             torch.zeros(2, blocks, heads, BLOCK if int8 else 0, device=DEVICE),
             torch.zeros(heads, dtype=torch.int32, device=DEVICE),
@@ -67,29 +67,29 @@ class Store:
         )
         self.generator = generator
         self.history = [self.random(n, 2) for n in lengths]  # [n, 2, H, D]
-        for lane, kv in enumerate(self.history):
+        for slot, kv in enumerate(self.history):
             if len(kv):
-                self.write(lane, kv, 0)
+                self.write(slot, kv, 0)
 
     def random(self, n: int, parts: int) -> torch.Tensor:
         x = torch.randn(n, parts, self.heads, self.head_dim, generator=self.generator)
         return x.to(DEVICE, self.dtype)
 
-    def write(self, lane: int, kv: torch.Tensor, start: int) -> None:
+    def write(self, slot: int, kv: torch.Tensor, start: int) -> None:
         n = len(kv)
-        lanes = torch.full((n,), lane, dtype=torch.int32, device=DEVICE)
+        slots = torch.full((n,), slot, dtype=torch.int32, device=DEVICE)
         positions = torch.arange(start, start + n, dtype=torch.int32, device=DEVICE)
-        self.cache.write(kv, lanes, positions)
+        self.cache.write(kv, slots, positions)
 
-    def fill(self, lane: int, kv: torch.Tensor) -> None:
-        """Make kv [n, 2, H, D] the lane's history, as `write` would: a program for each token takes the interpreter
+    def fill(self, slot: int, kv: torch.Tensor) -> None:
+        """Make kv [n, 2, H, D] the slot's history, as `write` would: a program for each token takes the interpreter
         minutes."""
-        blocks = self.cache.table[lane, : -(-len(kv) // BLOCK)].long()
+        blocks = self.cache.table[slot, : -(-len(kv) // BLOCK)].long()
         padded = F.pad(kv, (0, 0, 0, 0, 0, 0, 0, len(blocks) * BLOCK - len(kv)))
         self.cache.kv[:, blocks] = padded.unflatten(0, (-1, BLOCK)).permute(2, 0, 3, 1, 4)
         longest = kv[:, 0].float().square().sum(-1).amax(0)
         self.cache.kmax.copy_(torch.maximum(self.cache.kmax, longest.view(torch.int32)))
-        self.lengths[lane], self.history[lane] = len(kv), kv
+        self.lengths[slot], self.history[slot] = len(kv), kv
 
     def expected(self, q: torch.Tensor, kv: torch.Tensor, position: int) -> torch.Tensor:
         """Attention [T, H * D] in float64 of queries [T, H, D] from `position` on, over kv [S, 2, H, D]."""
@@ -101,23 +101,30 @@ class Store:
         return torch.einsum("hts,shd->thd", scores.softmax(-1), kv[:, 1]).flatten(1)
 
     def decode(self, n_splits: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attend from one new token in every lane, lanes backwards; return (what came, what should)."""
+        """Attend from one new token in every slot, slots backwards; return (what came, what should)."""
         n = len(self.lengths)
         qkv = self.random(n, 3)
         rows = torch.arange(n - 1, -1, -1, dtype=torch.int32, device=DEVICE)
         positions = torch.tensor([*self.lengths, 0], device=DEVICE)
-        parts = kernels.new_parts(n * self.heads * n_splits, self.head_dim, DEVICE, n_splits)
+        parts = attention_kernels.new_split_k_buffers(n * self.heads * n_splits, self.head_dim, DEVICE, n_splits)
         got = torch.empty(n, self.heads * self.head_dim, dtype=self.dtype, device=DEVICE)
         self.cache.decode(qkv[:, 0], qkv[:, 1:], rows, positions, parts, got)
         want = [
-            self.expected(qkv[i : i + 1, 0], torch.cat((self.history[lane], qkv[i : i + 1, 1:])), self.lengths[lane])
-            for i, lane in enumerate(rows.tolist())
+            self.expected(qkv[i : i + 1, 0], torch.cat((self.history[slot], qkv[i : i + 1, 1:])), self.lengths[slot])
+            for i, slot in enumerate(rows.tolist())
         ]
         return got.double(), torch.cat(want)
 
 
 def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
     assert (got.double() - want).abs().max().item() <= tolerance
+
+
+def set_states(states: RowStates, sequences: list[Sequence]) -> None:
+    """Give each sequence the slot of its number, with nothing in the cache."""
+    for slot, seq in enumerate(sequences):
+        seq.slot = slot
+    set_row_states(states, [RowUpdate(seq, 0) for seq in sequences])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -134,34 +141,37 @@ def test_decode_attention_stores_the_new_key_and_value() -> None:
     store = Store([40, 63], 3, 32, torch.float32)
     qkv = store.random(2, 3)
     rows, positions = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([40, 63, 0])
-    parts = kernels.new_parts(2 * 3 * 2, 32, DEVICE, 2)
+    parts = attention_kernels.new_split_k_buffers(2 * 3 * 2, 32, DEVICE, 2)
     out = torch.empty(2, 96, device=DEVICE)
     store.cache.decode(qkv[:, 0], qkv[:, 1:], rows.to(DEVICE), positions.to(DEVICE), parts, out)
-    for lane, position in ((0, 40), (1, 63)):
-        block = int(store.cache.table[lane, position // BLOCK])
+    for slot, position in ((0, 40), (1, 63)):
+        block = int(store.cache.table[slot, position // BLOCK])
         stored = store.cache.kv[:, block, :, position % BLOCK]
-        assert torch.equal(stored, qkv[lane, 1:])
+        assert torch.equal(stored, qkv[slot, 1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("int8", [False, True])
 def test_prefill_attention_of_ragged_chunks(dtype: torch.dtype, int8: bool) -> None:
-    """Three lanes in one step: a whole prompt, a chunk behind a prefix, and a tile that is not full."""
+    """Three slots in one step: a whole prompt, a chunk behind a prefix, and a tile that is not full."""
     befores, chunks = [0, 96, 32], [150, 64, 3]
     store = Store(befores, 2, 48, dtype, int8=int8)
     new = [store.random(n, 3) for n in chunks]
     qkv = torch.cat(new)
     tiles, first = [], 0
-    for lane, (before, n) in enumerate(zip(befores, chunks, strict=True)):
-        store.write(lane, new[lane][:, 1:], before)
-        tiles += [[first + t, before + t, min(kernels.TILE, n - t), lane] for t in range(0, n, kernels.TILE)]
+    for slot, (before, n) in enumerate(zip(befores, chunks, strict=True)):
+        store.write(slot, new[slot][:, 1:], before)
+        tiles += [
+            [first + t, before + t, min(attention_kernels.TILE, n - t), slot]
+            for t in range(0, n, attention_kernels.TILE)
+        ]
         first += n
     out = torch.full((len(qkv), 2 * 48), torch.nan, dtype=dtype, device=DEVICE)
     store.cache.prefill(qkv[:, 0], qkv[:, 1:], torch.tensor(tiles, dtype=torch.int32, device=DEVICE), out)
     want = torch.cat(
         [
-            store.expected(piece[:, 0], torch.cat((store.history[lane], piece[:, 1:])), befores[lane])
-            for lane, piece in enumerate(new)
+            store.expected(piece[:, 0], torch.cat((store.history[slot], piece[:, 1:])), befores[slot])
+            for slot, piece in enumerate(new)
         ]
     )
     close(out, want, 2.5e-2 if int8 else TOLERANCE[dtype])
@@ -199,10 +209,10 @@ def test_no_key_of_an_8_bit_cache_is_longer_than_its_head_knows() -> None:
     store.cache.kmax.zero_()
     rows, positions = torch.tensor([1], dtype=torch.int32, device=DEVICE), torch.tensor([0, 0, 0], device=DEVICE)
     out = torch.empty(1, 256, device=DEVICE)
-    store.cache.decode(kv[:1, 0], kv[:1], rows, positions, kernels.new_parts(2, 128, DEVICE), out)
+    store.cache.decode(kv[:1, 0], kv[:1], rows, positions, attention_kernels.new_split_k_buffers(2, 128, DEVICE), out)
     norms.append(store.cache.kmax.view(torch.float32).sqrt())
-    for lane, norm in enumerate(norms):
-        block = int(store.cache.table[lane, 0])
+    for slot, norm in enumerate(norms):
+        block = int(store.cache.table[slot, 0])
         stored = store.cache.kv[0, block, :, 0].double().norm(dim=-1) * store.cache.scales[0, block, :, 0]
         assert ((norm >= stored * (1 - 1e-6)) & (norm <= stored * (1 + 1e-6))).all()
 
@@ -229,19 +239,19 @@ def test_a_key_longer_than_all_before_does_not_move_the_window_of_its_own_step(o
     """
     n, store = 1000, Store([0, 0], 2, 16, torch.float32, room=1001)
     store.cache.slopes.fill_(0.5)
-    for lane in range(2):
+    for slot in range(2):
         kv = store.random(n, 2)
         kv[:, 0] *= 0.1
         score = torch.arange(n, 0, -1.0) / 2 - 3  # the bias taken back
         kv[:, 0, :, 0] = torch.where(score <= 27, score, -15.0)[:, None].to(DEVICE) / 2.5
-        store.fill(lane, kv)
+        store.fill(slot, kv)
     qkv = store.random(2, 3)
     qkv[:, 0] = 0
     qkv[:, 0, :, 0] = 10.0
     qkv[:, 1, :, 0] = -3 / 2.5
-    qkv[1, 1, :, 1] = 100.0  # row 1, lane 1
+    qkv[1, 1, :, 1] = 100.0  # row 1, slot 1
     rows, positions = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE), torch.tensor([n, n, 0], device=DEVICE)
-    parts = kernels.new_parts(2 * 2 * n_splits, 16, DEVICE, n_splits)
+    parts = attention_kernels.new_split_k_buffers(2 * 2 * n_splits, 16, DEVICE, n_splits)
     got = torch.empty(2, 32, device=DEVICE)
     with ordered(order):
         store.cache.decode(qkv[:, 0], qkv[:, 1:], rows, positions, parts, got)
@@ -308,9 +318,9 @@ def test_linear_equals_float64(dtype: torch.dtype, n_rows: int, normed: bool) ->
         return y + residual.double() if added else y
 
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}[dtype]
-    close(kernels.linear(x, weight, bias, norm=norm), expected(False, False), tolerance)
-    close(kernels.linear(x, weight, bias, norm=norm, gelu=True), expected(True, False), tolerance)
-    close(kernels.linear(x, weight, bias, norm=norm, residual=residual), expected(False, True), tolerance)
+    close(linear_kernels.linear(x, weight, bias, norm=norm), expected(False, False), tolerance)
+    close(linear_kernels.linear(x, weight, bias, norm=norm, gelu=True), expected(True, False), tolerance)
+    close(linear_kernels.linear(x, weight, bias, norm=norm, residual=residual), expected(False, True), tolerance)
 
 
 PARAMS = [
@@ -338,13 +348,13 @@ def test_sampling_draws_what_sampling_py_draws(n_vocab: int) -> None:
     """Step after step, with every parameter in one batch, from the same logits."""
     eos = torch.tensor([0, 7], device=DEVICE)
     sequences = [Sequence([3, 5, 5, 9], p, (0, 7), None, None, lambda _: None, None) for p in PARAMS]
-    lanes = new_lanes(len(sequences) + 1, n_vocab, DEVICE)
-    set_lanes(lanes, [LaneState(lane, seq, 0) for lane, seq in enumerate(sequences)])
+    states = new_row_states(len(sequences) + 1, n_vocab, DEVICE)
+    set_states(states, sequences)
     rows = torch.arange(len(sequences), dtype=torch.int32, device=DEVICE)
     sampled = torch.zeros(len(sequences), 2, dtype=torch.int32, device=DEVICE)
     for step in range(8):
         logits = torch.randn(len(sequences), n_vocab, generator=torch.Generator().manual_seed(step)) * 3
-        kernels.sample_rows(logits.to(DEVICE), lanes, rows, eos, sampled)
+        sampling_kernel.sample_rows(logits.to(DEVICE), states, rows, eos, sampled)
         want = sample(logits.clone(), sequences, eos.cpu())
         assert sampled[:, 0].tolist() == [t.id for t in want.tokens], f"step {step}"
         assert sampled[:, 1].tolist() == [1] * len(sequences)
@@ -353,7 +363,7 @@ def test_sampling_draws_what_sampling_py_draws(n_vocab: int) -> None:
             if seq.seen is not None and seq.counts is not None:
                 seq.seen[token.id] = True
                 seq.counts[token.id] += 1
-    assert lanes.integers[2].tolist() == [8] * len(sequences) + [0]
+    assert states.integers[2].tolist() == [8] * len(sequences) + [0]
 
 
 @triton.jit
@@ -361,7 +371,7 @@ def _least_kept(logits, mass_left_out, least, V: tl.constexpr, TILE: tl.constexp
     about = (logits, logits, logits, logits, False, False, False, 1.0, 1.0, 0.0, 0.0)
     everything = tl.full([], -(1 << 31), tl.int32)
     best = tl.full([], 0.0, tl.float32)
-    tl.store(least, kernels._threshold(about, best, everything, tl.load(mass_left_out), 0, V, TILE, True))
+    tl.store(least, sampling_kernel._threshold(about, best, everything, tl.load(mass_left_out), 0, V, TILE, True))
 
 
 def test_a_top_p_close_to_1_leaves_out_the_tokens_that_it_should() -> None:
@@ -382,14 +392,14 @@ def test_a_top_p_close_to_1_leaves_out_the_tokens_that_it_should() -> None:
 
 def test_a_first_tile_without_any_token_leaves_the_mass_a_number() -> None:
     sequences = [sequence([3], max_new_tokens=9, temperature=2.0, top_p=0.9, seed=i) for i in range(3)]
-    lanes = new_lanes(4, 4200, DEVICE)
-    set_lanes(lanes, [LaneState(lane, seq, 0) for lane, seq in enumerate(sequences)])
+    states = new_row_states(4, 4200, DEVICE)
+    set_states(states, sequences)
     logits = torch.randn(3, 4200, generator=torch.Generator().manual_seed(1))
     logits[:, :4096] = -math.inf
     rows, sampled = torch.arange(3, dtype=torch.int32, device=DEVICE), torch.zeros(3, 2, dtype=torch.int32)
     sampled = sampled.to(DEVICE)
     eos = torch.tensor([0], device=DEVICE)
-    kernels.sample_rows(logits.to(DEVICE), lanes, rows, eos, sampled)
+    sampling_kernel.sample_rows(logits.to(DEVICE), states, rows, eos, sampled)
     want = sample(logits.clone(), sequences, eos.cpu())
     assert sampled.tolist() == [[t.id, 1] for t in want.tokens]
 
@@ -397,7 +407,7 @@ def test_a_first_tile_without_any_token_leaves_the_mass_a_number() -> None:
 @triton.jit
 def _noise(bits, out, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(out + i, kernels._gumbel(tl.load(bits + i)))
+    tl.store(out + i, sampling_kernel._gumbel(tl.load(bits + i)))
 
 
 def test_noise_is_finite_at_the_ends_and_equals_float64(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,23 +431,25 @@ def test_noise_is_finite_at_the_ends_and_equals_float64(monkeypatch: pytest.Monk
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, below Triton's interpreter
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_are_reported(bad: float) -> None:
-    lanes = new_lanes(3, 64, DEVICE)
+    states = new_row_states(3, 64, DEVICE)
     logits = torch.randn(2, 64, device=DEVICE)
     logits[1, 40] = bad
     sampled = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE)
     rows = torch.tensor([0, 1], dtype=torch.int32, device=DEVICE)
-    kernels.sample_rows(logits, lanes, rows, torch.tensor([0], device=DEVICE), sampled)
+    sampling_kernel.sample_rows(logits, states, rows, torch.tensor([0], device=DEVICE), sampled)
     assert sampled[:, 1].tolist() == [1, 0]
     assert 0 <= sampled[1, 0] < 64
 
 
 def test_the_padding_lane_stays_where_it_is() -> None:
-    lanes = new_lanes(2, 64, DEVICE)
+    states = new_row_states(2, 64, DEVICE)
     rows = torch.tensor([0, 1, 1], dtype=torch.int32, device=DEVICE)
     sampled = torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)
-    kernels.sample_rows(torch.randn(3, 64, device=DEVICE), lanes, rows, torch.tensor([0], device=DEVICE), sampled)
-    assert lanes.position.tolist() == [1, 0]
-    assert lanes.integers[:, 1].tolist() == [0] * 8  # several rows of a launch may read it
+    sampling_kernel.sample_rows(
+        torch.randn(3, 64, device=DEVICE), states, rows, torch.tensor([0], device=DEVICE), sampled
+    )
+    assert states.position.tolist() == [1, 0]
+    assert states.integers[:, 1].tolist() == [0] * 8  # several rows of a launch may read it
 
 
 @pytest.mark.slow
@@ -458,14 +470,14 @@ def test_kernels_compile_for_cards_that_are_not_here(capability: int, shared: in
         "_combine",
         "_prefill_attention",
         "_linear",
-        "_quant_linear",
+        "_quantized_linear",
         "_unpack",
         "_sample",
     }
     for f in found:
         assert f["spilled"] <= 64, f  # bytes; the 8-bit prefill kernel on an A100
         assert f["shared"] <= shared, f
-        pipelined = ("_decode_attention", "_prefill_attention", "_linear", "_quant_linear")
+        pipelined = ("_decode_attention", "_prefill_attention", "_linear", "_quantized_linear")
         assert f["asynchronous copies"] == (f["kernel"] in pipelined), f
         many = f["constants"].get("ROWS") == 16 or f["kernel"] == "_prefill_attention"
         assert f["tensor cores"] == many, f

@@ -14,7 +14,8 @@ from mptserve.engine import SamplingParams
 from mptserve.engine.checkpoint.config import parse_config
 from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.cpu.kernels import why_no_cpu_kernels
-from mptserve.engine.loader import Placement, check_fit, choose_placement, load_model
+from mptserve.engine.devices import choose_placement, load_model
+from mptserve.engine.placement import Placement, check_fit
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.errors import BadSetting, DoesNotFit
 from tiny import MPT_7B, tiny_config, write_checkpoint
@@ -35,13 +36,14 @@ class Processor:
 @pytest.fixture
 def pretend(monkeypatch: pytest.MonkeyPatch) -> Callable[[Processor], None]:
     def become(this: Processor) -> None:
-        monkeypatch.setattr("mptserve.engine.loader.why_no_cpu_kernels", lambda: this.no_kernels)
+        monkeypatch.setattr("mptserve.engine.cpu.placement.why_no_cpu_kernels", lambda: this.no_kernels)
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: this.bf16_instructions)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-        monkeypatch.setattr(
-            "mptserve.engine.loader.can_pack",
-            lambda dtype: this.onednn_packs_float32 if dtype == torch.float32 else this.onednn_packs_bf16,
-        )
+        for module in ("linear", "placement"):
+            monkeypatch.setattr(
+                f"mptserve.engine.cpu.{module}.can_pack",
+                lambda dtype: this.onednn_packs_float32 if dtype == torch.float32 else this.onednn_packs_bf16,
+            )
 
     return become
 
@@ -136,19 +138,19 @@ def test_gpus_without_bfloat16_get_float16(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr("mptserve.engine.loader.why_no_kernels", lambda _: "")
+    monkeypatch.setattr("mptserve.engine.gpu.placement.why_no_kernels", lambda _: "")
     assert choose_placement("auto", "auto").dtype == getattr(torch, dtype)
 
 
 def test_the_preflight_says_in_numbers_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mptserve.engine.loader.available_bytes", lambda _: 14e9)
+    monkeypatch.setattr("mptserve.engine.placement.available_bytes", lambda _: 14e9)
     with pytest.raises(
         DoesNotFit,
         match=r"6\.65 B parameters in torch\.bfloat16 take 13\.3 GB and the keys and values of 2048 tokens 2\.1 GB, "
         r"but only 14\.0 GB are free on cpu",
     ):
         check_fit(parse_config(MPT_7B), Placement(CPU, torch.bfloat16), 2048)
-    monkeypatch.setattr("mptserve.engine.loader.available_bytes", lambda _: 16e9)
+    monkeypatch.setattr("mptserve.engine.placement.available_bytes", lambda _: 16e9)
     check_fit(parse_config(MPT_7B), Placement(CPU, torch.bfloat16), 2048)
 
 
@@ -160,7 +162,7 @@ def test_the_thread_that_starts_an_engine_computes_nothing(tmp_path: Path, monke
         computing.append(threading.current_thread())
         return why_no_cpu_kernels()
 
-    monkeypatch.setattr("mptserve.engine.loader.why_no_cpu_kernels", tried)
+    monkeypatch.setattr("mptserve.engine.cpu.placement.why_no_cpu_kernels", tried)
     raw = tiny_config()
     write_checkpoint(tmp_path, raw)
     start_engine(tmp_path, parse_config(raw), 128, EngineOptions(device="cpu", cpu_threads=1)).close()

@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import EITHER, Tiny, generate, load_tiny, make_engine, random_ids, sequence
+from engines import EITHER, Tiny, generate, load_tiny, make_engine, needs_kernels, random_ids, sequence
 from foundry import foundry_logits
 from mptserve.engine import Job, SamplingParams
-from mptserve.engine.cache import SlotCache
 from mptserve.engine.checkpoint.config import parse_config
 from mptserve.engine.cpu import windows
-from mptserve.engine.cpu.attention import Chunk, Row, SlotAttention
-from mptserve.engine.cpu.windows import WINDOWED_FROM, first_keys, note_norms, shared
+from mptserve.engine.cpu.attention import SlotAttention
+from mptserve.engine.cpu.slot_cache import SlotCache
+from mptserve.engine.cpu.windows import WINDOWED_FROM, first_keys, note_norms
 from mptserve.engine.model import MPT, alibi_slopes
+from mptserve.engine.step import Chunk, Row
 from tiny import tiny_config
 
 STEEP: dict[str, Any] = {"alibi_bias_max": 8}
@@ -70,11 +71,7 @@ def test_keys_left_out_weigh_less_than_float32_can_show(n_heads: int, bias_max: 
     scores += slopes.double()[:, None] * (torch.arange(n) - (n - 1))
     for line, key in zip(scores, first.tolist(), strict=True):
         assert (line[:key].logsumexp(0) - line[-1]).exp() < 2**-24
-    calls = shared(first)
-    assert [h for call, _ in calls for h in range(n_heads)[call]] == list(range(n_heads))
-    assert all(key <= first[heads].min() for heads, key in calls)
-    together = sum(key * len(range(n_heads)[heads]) for heads, key in calls)
-    assert first.sum() > together > 0.2 * n * n_heads
+    assert first.sum() > 0.3 * n * n_heads
 
 
 def test_a_window_reaches_the_own_block_and_all_keys_when_scores_are_not_numbers() -> None:
@@ -106,13 +103,13 @@ def test_largest_norms_do_not_depend_on_chunks() -> None:
     torch.testing.assert_close(whole.double(), want, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("compiled", EITHER)
-def test_decoding_and_prompts_do_not_read_what_cannot_matter(compiled: bool) -> None:
+@needs_kernels
+def test_decoding_and_prompts_do_not_read_what_cannot_matter() -> None:
     """The far past is poisoned: a head that read it would answer NaN. The windows of these slopes end before it."""
     torch.manual_seed(3)
     config = parse_config(tiny_config(n_layers=1, n_heads=8, d_model=128, alibi_bias_max=4, max_seq_len=4096))
     cache = SlotCache(config, 128, 1, 4096)
-    slots, slopes = SlotAttention(config, cache, compiled), alibi_slopes(8, 4).double()
+    slots, slopes = SlotAttention(config, cache), alibi_slopes(8, 4).double()
     seq = sequence([1] * 4000, max_new_tokens=1)
     assert cache.acquire(seq)
     past = torch.randn(2, 8, 3968, 16)
@@ -132,7 +129,7 @@ def test_decoding_and_prompts_do_not_read_what_cannot_matter(compiled: bool) -> 
 
 @pytest.fixture(scope="module", params=EITHER)
 def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """Twelve heads: two groups with windows of their own, the second of odd heads."""
+    """Twelve heads, each with a window of its own."""
     raw = tiny_config(max_seq_len=4096, n_layers=2, n_heads=12, d_model=192)
     return load_tiny(tmp_path_factory.mktemp("tiny"), raw, compiled=request.param)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import MptForCausalLM
 
-from engines import Tiny, all_logits, load_tiny, needs_kernels, random_ids, rounding
+from engines import CACHES, Tiny, all_logits, load_tiny, needs_kernels, random_ids, rounding
 from foundry import foundry_logits, slopes
 from mptserve.engine.model import alibi_slopes
 from tiny import tiny_config
@@ -39,7 +39,7 @@ def tiny(tmp_path: Path, changes: dict[str, Any], dtype: torch.dtype = torch.flo
     return load_tiny(tmp_path, tiny_config(**changes), dtype)
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+@pytest.mark.parametrize("paged", CACHES)
 @pytest.mark.parametrize("changes", RIGHT_IN_TRANSFORMERS.values(), ids=RIGHT_IN_TRANSFORMERS)
 def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any], paged: bool) -> None:
     t = tiny(tmp_path, changes)
@@ -52,7 +52,7 @@ def test_logits_equal_transformers(tmp_path: Path, changes: dict[str, Any], page
     )
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+@pytest.mark.parametrize("paged", CACHES)
 @pytest.mark.parametrize(
     "changes", (RIGHT_IN_TRANSFORMERS | ONLY_IN_FOUNDRY).values(), ids=RIGHT_IN_TRANSFORMERS | ONLY_IN_FOUNDRY
 )
@@ -105,7 +105,7 @@ def test_bfloat16_logits_are_as_near_as_transformers_own(tmp_path: Path) -> None
     assert our_error < 1.1 * their_error
 
 
-@pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
+@pytest.mark.parametrize("paged", CACHES)
 def test_context_goes_beyond_max_seq_len(tmp_path: Path, paged: bool) -> None:
     """ALiBi needs no table: where transformers raises, logits go on as the formula says."""
     t = tiny(tmp_path, {"max_seq_len": 64})
@@ -116,6 +116,7 @@ def test_context_goes_beyond_max_seq_len(tmp_path: Path, paged: bool) -> None:
     )
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("cut_at", [(32,), (64, 96), (32, 64, 96, 128)])
 def test_a_prompt_in_chunks_has_the_same_bits_as_whole(
@@ -134,7 +135,8 @@ def test_alibi_slopes_equal_the_published_recipe(n_heads: int, bias_max: int) ->
 
 def test_vocabulary_rows_without_a_token_are_left_out(tmp_path: Path) -> None:
     from mptserve.engine.checkpoint.reading import WeightReader
-    from mptserve.engine.loader import Placement, load_model
+    from mptserve.engine.devices import load_model
+    from mptserve.engine.placement import Placement
 
     t = tiny(tmp_path, {})
     place = Placement(torch.device("cpu"), torch.float32)

@@ -9,10 +9,11 @@ import torch
 
 from engines import all_logits, load_tiny, make_engine, random_ids
 from mptserve.engine import SamplingParams
+from mptserve.engine.devices import choose_placement
 from mptserve.engine.gpu.capability import why_no_kernels
-from mptserve.engine.loader import Placement, choose_placement
 from mptserve.engine.model import alibi_slopes
 from mptserve.engine.paged_attention import folded_attention
+from mptserve.engine.placement import Placement
 from mptserve.errors import BadSetting
 from tiny import tiny_config
 

@@ -9,12 +9,13 @@ from safetensors.torch import load_file
 
 pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-from engines import Tiny, guess, load_tiny, make_engine, random_ids
+from engines import Tiny, load_tiny, make_engine, random_ids
 from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.checkpoint.config import read_config
 from mptserve.engine.checkpoint.reading import Checkpoint
 from mptserve.engine.checkpoint.writing import write_quantized
 from mptserve.engine.start import EngineOptions, start_engine
+from mptserve.errors import BadSetting
 from pretend_gpu import pretend_gpu
 from tiny import tiny_config
 
@@ -76,22 +77,16 @@ def test_a_gpu_without_the_kernels_equals_the_cpu_engine(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("options", [{"quant": "int8", "kv_dtype": "int8"}, {"quant": "int4", "dtype": "bfloat16"}])
 def test_fewer_bits_work_there(tiny: Tiny, options: dict[str, Any]) -> None:
-    """What they compute is tested elsewhere (test_quant_kernels.py, test_kernels.py)."""
+    """What they compute is tested elsewhere (test_quantized_kernels.py, test_gpu_kernels.py)."""
     with pretend_gpu() as state:
         found = answers(start(tiny.folder, **options), JOBS[:2])
     assert [len(tokens) for tokens in found] == [4, 4]
     assert state.replays > 0
 
 
-def test_drafts_there_equal_none_on_a_cpu(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = [job(20, 3, temperature=0.8, max_new_tokens=12, repetition_penalty=1.1)]
-    want = answers(make_engine(tiny.model), one)
-    guess(monkeypatch, want[0], n_right=2)
-    with pretend_gpu() as state:
-        engine = start(tiny.folder, speculate_tokens=3)
-        assert answers(engine, one) == want
-        assert engine.stats().accepted_tokens > 0
-    assert state.replays > 0
+def test_drafts_are_refused_there(tiny: Tiny) -> None:
+    with pretend_gpu(), pytest.raises(BadSetting, match="MPT_SPECULATE_TOKENS is for CPUs; on a GPU leave it at 0"):
+        start(tiny.folder, speculate_tokens=3)
 
 
 def test_weights_are_rounded_there_as_on_a_cpu(tiny: Tiny, tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ from engines import CPU, all_logits, generate, load_tiny, make_engine, needs_ker
 from mptserve.engine import Job, SamplingParams
 from mptserve.engine.checkpoint.config import parse_config
 from mptserve.engine.checkpoint.reading import WeightReader
-from mptserve.engine.cpu.kernels import CompiledLinear
-from mptserve.engine.loader import Placement, choose_placement, chosen_quant, load_model
+from mptserve.engine.cpu.linear import CompiledLinear
+from mptserve.engine.devices import choose_placement, load_model
 from mptserve.engine.model import MPT
+from mptserve.engine.placement import Placement, chosen_quant
 from mptserve.engine.quantization.codes import dequantize, quantize, weight_bytes
 from mptserve.errors import BadSetting, UnsupportedModel
 from tiny import tiny_config, write_checkpoint
@@ -123,7 +124,7 @@ def test_unequal_settings_and_shapes_are_refused(monkeypatch: pytest.MonkeyPatch
         chosen_quant("int4", stored)
     with pytest.raises(UnsupportedModel, match="d_model to be a multiple of 32, got 48"):
         chosen_quant("int4", parse_config(tiny_config(d_model=48, n_heads=3)))
-    monkeypatch.setattr("mptserve.engine.loader.why_no_cpu_kernels", lambda: "there is no gcc")
+    monkeypatch.setattr("mptserve.engine.cpu.placement.why_no_cpu_kernels", lambda: "there is no gcc")
     with pytest.raises(BadSetting) as refused:
         choose_placement("cpu", "float32", quant="int4")
     assert str(refused.value) == (

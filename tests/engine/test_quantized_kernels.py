@@ -11,10 +11,11 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 from engines import CPU, generate, load_tiny, make_engine, random_ids
 from mptserve.engine.checkpoint.config import parse_config
 from mptserve.engine.checkpoint.reading import WeightReader
-from mptserve.engine.gpu import quantized_kernels as quant_kernels
+from mptserve.engine.devices import choose_placement, load_model
+from mptserve.engine.gpu import quantized_kernels
 from mptserve.engine.gpu.linear import KernelLinear
-from mptserve.engine.loader import Placement, choose_placement, load_model
 from mptserve.engine.model import MPT, Norm, PlainLinear
+from mptserve.engine.placement import Placement
 from mptserve.engine.quantization.codes import Quantized, dequantize, quantize
 from mptserve.errors import BadSetting
 from tiny import tiny_config
@@ -47,9 +48,9 @@ def test_linear_equals_float64(method: str, dtype: torch.dtype, n_rows: int, nor
         exact = F.layer_norm(exact, (k,), gamma.double(), beta.double(), 1e-5)
     exact = exact @ dequantize(weight, torch.float64).T + bias.double()
     for found, wanted in (
-        (quant_kernels.linear(x, weight, bias, norm=norm), exact),
-        (quant_kernels.linear(x, weight, bias, norm=norm, gelu=True), F.gelu(exact)),
-        (quant_kernels.linear(x, weight, bias, norm=norm, residual=residual), exact + residual.double()),
+        (quantized_kernels.linear(x, weight, bias, norm=norm), exact),
+        (quantized_kernels.linear(x, weight, bias, norm=norm, gelu=True), F.gelu(exact)),
+        (quantized_kernels.linear(x, weight, bias, norm=norm, residual=residual), exact + residual.double()),
     ):
         torch.testing.assert_close(found.double(), wanted, rtol=0, atol=TOLERANCE[dtype] * float(wanted.abs().max()))
 
@@ -57,9 +58,9 @@ def test_linear_equals_float64(method: str, dtype: torch.dtype, n_rows: int, nor
 @pytest.mark.parametrize("method", ["int8", "int4"])
 def test_unpacking_gives_every_value_rounded_once(method: str) -> None:
     weight = on_device(quantize(torch.randn(37, 96), method))
-    assert torch.equal(quant_kernels.unpack(weight, 96, torch.float32), dequantize(weight))
+    assert torch.equal(quantized_kernels.unpack(weight, 96, torch.float32), dequantize(weight))
     # To float16: Triton's interpreter cuts off bits on the way to bfloat16, which GPUs do not.
-    assert torch.equal(quant_kernels.unpack(weight, 96, torch.float16), dequantize(weight).half())
+    assert torch.equal(quantized_kernels.unpack(weight, 96, torch.float16), dequantize(weight).half())
 
 
 @pytest.mark.parametrize("method", ["int8", "int4"])
@@ -113,6 +114,6 @@ def quantized_model(folder: Path, raw: dict[str, object], method: str) -> MPT:
 def test_gpus_without_the_kernels_refuse_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    monkeypatch.setattr("mptserve.engine.loader.why_no_kernels", lambda _: "it is a T4")
+    monkeypatch.setattr("mptserve.engine.gpu.placement.why_no_kernels", lambda _: "it is a T4")
     with pytest.raises(BadSetting, match=r"MPT_QUANT int4 needs the Triton kernels, .*: it is a T4"):
         choose_placement("cuda", "auto", quant="int4")

@@ -9,9 +9,8 @@ import pytest
 
 import recheck
 import recheck_engine
-from engines import EITHER
-from mptserve.engine.cache import SlotCache
-from mptserve.engine.cpu.kernels import why_no_cpu_kernels
+from engines import EITHER, needs_kernels
+from mptserve.engine.cpu.slot_cache import SlotCache
 from mptserve.engine.sequence import Sequence
 
 pytestmark = pytest.mark.long
@@ -31,6 +30,7 @@ def test_sequences_of_a_mixed_load_have_the_logits_that_they_have_alone(
     assert all(found.counts[what] for what in ("reused", "chunked", "length", "tokens")), found.counts
 
 
+@needs_kernels
 def test_a_reused_prefix_that_lost_a_token_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     acquire = SlotCache.acquire
 
@@ -41,7 +41,7 @@ def test_a_reused_prefix_that_lost_a_token_is_found(tmp_path: Path, monkeypatch:
         return acquired
 
     monkeypatch.setattr(SlotCache, "acquire", losing)
-    model, n_vocab = recheck_engine.model_named("plain", tmp_path, compiled=not why_no_cpu_kernels())
+    model, n_vocab = recheck_engine.model_named("plain", tmp_path, compiled=True)
     found = recheck_engine.Found()
     recheck_engine.recheck(model, recheck_engine.random_load(0, 16, n_vocab, 300), found)
     assert found.counts["reused"]

@@ -18,7 +18,8 @@ from mptserve.engine import Job, MPTEngine, SamplingParams, Token
 from mptserve.engine.checkpoint.config import parse_config, read_config
 from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.cpu import windows
-from mptserve.engine.loader import Placement, load_model
+from mptserve.engine.devices import load_model
+from mptserve.engine.placement import Placement
 from mptserve.engine.prompt_lookup import PromptLookup
 from mptserve.engine.start import EngineOptions, start_engine
 from tiny import tiny_config

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mptserve.engine.cpu.threads import StepThreads, ThreadSpeed
+from mptserve.engine.cpu.step_threads import StepThreads, ThreadSpeed
 
 
 class Machine:

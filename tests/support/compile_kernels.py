@@ -17,11 +17,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mptserve.engine.gpu import kernels
-from mptserve.engine.gpu import quantized_kernels as quant_kernels
+from mptserve.engine.gpu import attention_kernels, linear_kernels, quantized_kernels, sampling_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-INTEGERS = {"q_stride", "kv_stride", "table_stride", "n_heads", "x_stride", "n_rows", "n_out", "n_lanes", "n_bytes"}
+INTEGERS = {"q_stride", "kv_stride", "table_stride", "n_heads", "x_stride", "n_rows", "n_out", "n_slots", "n_bytes"}
 
 
 def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
@@ -30,17 +29,17 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
         cached = "*i8" if int8 else f"*{dtype}"
         types = dict.fromkeys(("q", "kv", "out"), f"*{dtype}") | {"cache": cached, "positions": "*i64"}
         shape = {"D": head_dim, "DP": 128, "INT8": int8}
-        yield kernels._write_kv, types | {"positions": "*i32"}, shape, 4, 3
-        yield kernels._decode_attention, types, shape | {"SPLITS": 8, "KEYS": 64}, 4, 3
-        yield kernels._combine, types, shape | {"SPLITS": 8}, 4, 3
-        tile = {"QUERIES": kernels.TILE, "KEYS": 64, "PRECISION": "tf32"}
-        yield kernels._prefill_attention, types, shape | tile, 8, 2
+        yield attention_kernels._write_kv, types | {"positions": "*i32"}, shape, 4, 3
+        yield attention_kernels._decode_attention, types, shape | {"SPLITS": 8, "KEYS": 64}, 4, 3
+        yield attention_kernels._combine, types, shape | {"SPLITS": 8}, 4, 3
+        tile = {"QUERIES": attention_kernels.TILE, "KEYS": 64, "PRECISION": "tf32"}
+        yield attention_kernels._prefill_attention, types, shape | tile, 8, 2
     for rows, width in ((1, 256), (16, 128)):
         for norm, gelu, residual in ((True, False, False), (True, True, False), (False, False, True)):
             names = ("x", "w", "y", "bias", "residual", "gamma", "beta")
             constants = {"K": 4096, "ROWS": rows, "OUT": 16, "IN": width, "NORM": norm, "NORM_BIAS": False}
             constants |= {"GELU": gelu, "BIAS": False, "RESIDUAL": residual, "PRECISION": "tf32"}
-            yield kernels._linear, dict.fromkeys(names, "*bf16"), constants, 4, 4
+            yield linear_kernels._linear, dict.fromkeys(names, "*bf16"), constants, 4, 4
     for four, codes, scale in ((False, "*i8", "*fp32"), (True, "*u8", "*bf16")):
         types = dict.fromkeys(("x", "y", "bias", "residual", "gamma", "beta", "out"), "*bf16")
         types |= {"codes": codes, "scale": scale, "zero": scale}
@@ -54,10 +53,10 @@ def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
                     "RESIDUAL": residual,
                     "PRECISION": "tf32",
                 }
-                yield quant_kernels._quant_linear, types, constants, 4, 4
-        yield quant_kernels._unpack, types, {"K": 4096, "FOUR": four, "SIZE": 1024}, 4, 3
+                yield quantized_kernels._quantized_linear, types, constants, 4, 4
+        yield quantized_kernels._unpack, types, {"K": 4096, "FOUR": four, "SIZE": 1024}, 4, 3
     types = {"integers": "*i64", "numbers": "*fp32", "eos": "*i64", "logits": "*fp32", "sampled": "*i32"}
-    yield kernels._sample, types, {"N_EOS": 2, "V": 50_277, "TILE": 4096}, 16, 3
+    yield sampling_kernel._sample, types, {"N_EOS": 2, "V": 50_277, "TILE": 4096}, 16, 3
 
 
 def type_of(name: str) -> str:
@@ -65,9 +64,9 @@ def type_of(name: str) -> str:
         return "i32"
     if name in ("scale", "eps"):
         return "fp32"
-    if name == "half":
+    if name == "value_offset":
         return "i64"
-    return "*i32" if name in ("kmax", "table", "tiles", "lanes", "rows", "all_counts") else "*fp32"
+    return "*i32" if name in ("kmax", "table", "tiles", "slots", "all_counts") else "*fp32"
 
 
 def main() -> None:
@@ -78,7 +77,9 @@ def main() -> None:
         signature = {n: "constexpr" if n in constants else types.get(n, type_of(n)) for n in names}
         # As at run time, where pointers and most sizes are multiples of 16; loads are wide only then.
         aligned = [
-            n for n in names if signature[n].startswith("*") or n in ("q_stride", "kv_stride", "x_stride", "half")
+            n
+            for n in names
+            if signature[n].startswith("*") or n in ("q_stride", "kv_stride", "x_stride", "value_offset")
         ]
         attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
         source = ASTSource(fn, signature, {(names.index(n),): v for n, v in constants.items()}, attrs)

@@ -11,25 +11,31 @@ import torch
 from torch import Tensor
 
 from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence
-from mptserve.engine.cache import PagedCache, SlotCache
 from mptserve.engine.checkpoint.config import MPTConfig, parse_config
 from mptserve.engine.checkpoint.reading import WeightReader
-from mptserve.engine.cpu.attention import Chunk, SlotAttention
-from mptserve.engine.cpu.kernels import CompiledLinear, why_no_cpu_kernels
-from mptserve.engine.loader import Placement, choose_placement, load_model
+from mptserve.engine.cpu.attention import SlotAttention
+from mptserve.engine.cpu.kernels import why_no_cpu_kernels
+from mptserve.engine.cpu.slot_cache import SlotCache
+from mptserve.engine.devices import choose_placement, load_model, uses_slots
 from mptserve.engine.model import MPT
 from mptserve.engine.paged_attention import PagedAttention
+from mptserve.engine.paged_cache import PagedCache
+from mptserve.engine.placement import Placement
 from mptserve.engine.prompt_lookup import PromptLookup
 from mptserve.engine.runner import Runner
 from mptserve.engine.scheduler import Scheduler
+from mptserve.engine.step import Chunk
 from mptserve.errors import BadSetting
 from tiny import write_checkpoint
 
 CPU = torch.device("cpu")
+HERE = Placement(CPU, torch.float32, kernels=not why_no_cpu_kernels())
 needs_kernels = pytest.mark.skipif(bool(why_no_cpu_kernels()), reason=f"no kernels in C: {why_no_cpu_kernels()}")
 COMPILED = pytest.param(True, id="compiled", marks=needs_kernels)
-EITHER = (pytest.param(False, id="plain"), COMPILED)
-"""For `load_tiny`: with PyTorch's operations, and with our kernels."""
+EITHER = (pytest.param(False, id="oneDNN", marks=needs_kernels), COMPILED)
+"""For `load_tiny`, where rows must have the same bits in any company: linear layers by oneDNN, and by our kernels."""
+CACHES = (pytest.param(False, id="slots", marks=needs_kernels), pytest.param(True, id="paged"))
+"""For `paged`."""
 
 
 @dataclass
@@ -60,11 +66,6 @@ def load_tiny(
     return Tiny(raw, tensors, load_model(WeightReader(folder, config), config, place, 10**9), folder)
 
 
-def is_compiled(model: MPT) -> bool:
-    """Whether attention is to be compiled: with compiled layers, and, as in a server, in bfloat16 wherever possible."""
-    return isinstance(model.head, CompiledLinear) or (model.dtype == torch.bfloat16 and not why_no_cpu_kernels())
-
-
 def make_engine(
     model: MPT,
     *,
@@ -77,21 +78,24 @@ def make_engine(
     speculate: int = 0,
     **options: Any,
 ) -> MPTEngine:
-    """Return a running engine on a CPU; `paged` takes the GPU's cache and plain attention, `kernels` its kernels too,
-    which Triton must be interpreting."""
+    """Return a running engine on a CPU; as the server's, over slots where the kernels in C can run.
+
+    paged: over blocks, by PyTorch.  kernels: by the GPU's kernels, which Triton must be interpreting.
+    """
     config = model.config
     cache: Any
     limits = {"max_tokens": min(config.max_seq_len, n_blocks * 32), "queue_limit": 10_000} | options
-    if paged or kernels:
-        cache = PagedCache(config, n_blocks, kv_dtype, CPU, max_rows)
-    else:
+    slots = not (paged or kernels) and uses_slots(config, HERE)
+    if slots:
         cache = SlotCache(config, n_blocks, max_rows, config.max_seq_len)
-    scheduler = Scheduler(cache, max_rows, prefill_tokens, not (paged or kernels), speculate)
+    else:
+        cache = PagedCache(config, n_blocks, kv_dtype, CPU, max_rows)
+    scheduler = Scheduler(cache, max_rows, prefill_tokens, slots, speculate)
     if kernels:
         from mptserve.engine.gpu.runner import GpuRunner
 
-        return MPTEngine(GpuRunner(model, cache, max_rows, limits["max_tokens"], speculate), scheduler, **limits)
-    attention: Any = PagedAttention(config, cache) if paged else SlotAttention(config, cache, is_compiled(model))
+        return MPTEngine(GpuRunner(model, cache, max_rows, limits["max_tokens"]), scheduler, **limits)
+    attention: Any = SlotAttention(config, cache) if slots else PagedAttention(config, cache)
     return MPTEngine(Runner(model, attention), scheduler, **limits)
 
 
@@ -104,13 +108,13 @@ def all_logits(model: MPT, ids: list[int], cut_at: tuple[int, ...] = (), paged: 
     """Return float32 logits [T, V] of a whole sequence, its prompt chunks cut at the given positions."""
     config, seq = model.config, sequence(ids, max_new_tokens=1)
     attention: Any
-    if paged:
+    if paged or not uses_slots(config, HERE):
         pages = PagedCache(config, 64, torch.float32, CPU)
         attention = PagedAttention(config, pages)
         assert pages.acquire(seq)
     else:
         slots = SlotCache(config, 64, 2, 2048)
-        attention = SlotAttention(config, slots, is_compiled(model))
+        attention = SlotAttention(config, slots)
         assert slots.acquire(seq)
     found = []
     edges = (0, *cut_at, len(ids))

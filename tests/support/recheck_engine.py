@@ -26,17 +26,19 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from engines import CPU, is_compiled, load_tiny
+from engines import load_tiny
 from mptserve.engine import Job, MPTEngine, SamplingParams, Sequence, sampling
-from mptserve.engine.cache import SlotCache, n_blocks_for
+from mptserve.engine.cache import n_blocks_for
 from mptserve.engine.checkpoint.config import read_config
 from mptserve.engine.checkpoint.reading import WeightReader
-from mptserve.engine.cpu.attention import Chunk, SlotAttention
-from mptserve.engine.loader import Placement, choose_placement, load_model
+from mptserve.engine.cpu.attention import SlotAttention
+from mptserve.engine.cpu.slot_cache import SlotCache
+from mptserve.engine.devices import choose_placement, load_model
 from mptserve.engine.model import MPT
 from mptserve.engine.runner import Runner
 from mptserve.engine.sampling import Sampled
 from mptserve.engine.scheduler import Scheduler
+from mptserve.engine.step import Chunk
 from tiny import tiny_config
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "samples" / "mpt-8m"
@@ -114,7 +116,7 @@ class FailingAttention(SlotAttention):
 
     def plan(self, decodes: Any, chunks: Any) -> Any:
         plan = super().plan(decodes, chunks)
-        fails_at = self.lot.randrange(self.config.n_layers) if self.lot.random() < self.failing else -1
+        fails_at = self.lot.randrange(len(self.cache.kv)) if self.lot.random() < self.failing else -1
 
         def attend(layer: int, q: Tensor, kv: Tensor) -> Tensor:
             if layer == fails_at:
@@ -188,9 +190,9 @@ def run(model: MPT, load: Load, recorder: Recorder, together: float = 0.5) -> tu
     """
     lot, config = random.Random(load.seed), model.config
     cache = SlotCache(config, load.n_blocks, load.max_rows, config.max_seq_len)
-    attention = FailingAttention(config, cache, is_compiled(model))
+    attention = FailingAttention(config, cache)
     attention.lot, attention.failing = lot, load.failing
-    runner = Runner(model, attention, FlippingThreads(random.Random(load.seed), together))  # type: ignore[arg-type]
+    runner = Runner(model, attention, FlippingThreads(random.Random(load.seed), together))
     scheduler = Scheduler(cache, load.max_rows, load.prefill_tokens, True, load.speculate)
     engine = MPTEngine(runner, scheduler, max_tokens=config.max_seq_len, queue_limit=10_000)
     with patch("mptserve.engine.runner.sample", recorder):
@@ -234,7 +236,7 @@ def alone(model: MPT, case: Case, recorder: Recorder) -> Sequence:
     cache = SlotCache(
         model.config, n_blocks_for(len(case.prompt) + case.params.max_new_tokens), 1, model.config.max_seq_len
     )
-    runner = Runner(model, SlotAttention(model.config, cache, is_compiled(model)))
+    runner = Runner(model, SlotAttention(model.config, cache))
     eos_ids, stop = model.config.eos_token_ids, _Ends(Case(case.prompt, case.params, case.stop_id))
     seq = Sequence(case.prompt, case.params, eos_ids, stop, None, lambda _: None, None)
     assert cache.acquire(seq)
@@ -287,11 +289,11 @@ def recheck(model: MPT, load: Load, found: Found, together: float = 0.5) -> None
         )
 
 
-def embedded_model(compiled: bool) -> tuple[MPT, int]:
-    """Return the embedded model as the server loads it here, with or without a compiler, and how many tokens it has."""
+def embedded_model() -> tuple[MPT, int]:
+    """Return the embedded model as the server loads it here, and how many tokens it has."""
     config = read_config(EMBEDDED)
     reader = WeightReader(EMBEDDED, config)
-    place = choose_placement("cpu", "auto", stored=reader.dtype) if compiled else Placement(CPU, torch.float32)
+    place = choose_placement("cpu", "auto", stored=reader.dtype)
     with torch.inference_mode():
         return load_model(reader, config, place, config.vocab_size), config.vocab_size
 
@@ -305,9 +307,9 @@ TINY: dict[str, dict[str, Any]] = {
 
 
 def model_named(name: str, folder: Path, compiled: bool, dtype: torch.dtype = torch.float32) -> tuple[MPT, int]:
-    """Return a model, of TINY or the embedded one, and the size of its vocabulary."""
+    """Return a model, of TINY or the embedded one, and the size of its vocabulary; compiled: as in load_tiny."""
     if name == "embedded":
-        return embedded_model(compiled)
+        return embedded_model()
     raw = tiny_config(**TINY[name])
     with torch.inference_mode():
         return load_tiny(folder, raw, dtype, compiled=compiled).model, raw["vocab_size"]
@@ -320,7 +322,7 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=40, help="in one load")
     parser.add_argument("--model", choices=("embedded", *TINY), default="plain")
     parser.add_argument("--most-tokens", type=int, default=700, help="prompt and answer of the longest")
-    parser.add_argument("--plain", action="store_true", help="PyTorch's operations instead of the kernels in C")
+    parser.add_argument("--plain", action="store_true", help="float32 weights, linear layers by oneDNN")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--together", type=float, default=0.3, help="share of steps with two threads")
     args = parser.parse_args()

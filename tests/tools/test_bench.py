@@ -11,7 +11,7 @@ import torch
 from mptserve.cli import main
 from mptserve.commands.bench import Ceilings, limit
 from mptserve.engine.checkpoint.config import parse_config
-from mptserve.engine.loader import Placement
+from mptserve.engine.placement import Placement
 from serving import LoggedServer
 from tiny import MPT_7B
 

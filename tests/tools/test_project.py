@@ -151,6 +151,15 @@ def test_score_has_no_name_that_the_host_reads_or_imports():
     assert {Path(name).stem for name in own} & (taken | set(sys.stdlib_module_names)) == set()
 
 
+def test_entry_scripts_hold_no_logic():
+    for name in ("score.py", "batch_score.py", "openai_app.py"):
+        text = (SCORE / name).read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 40, name
+        branches = (ast.If, ast.For, ast.While, ast.Try, ast.With)
+        found = [node for node in ast.walk(ast.parse(text)) if isinstance(node, branches)]
+        assert [ast.unparse(node.test) for node in found] in ([], ["__name__ == '__main__'"]), name
+
+
 def test_score_is_a_folder_and_no_package():
     """It is uploaded as it is and put on sys.path; with an __init__.py, pytest and mypy would call modules score.…"""
     assert not (SCORE / "__init__.py").exists()
@@ -200,12 +209,13 @@ def test_engine_sees_tokens_and_tensors_and_nothing_of_the_world_outside(path):
 
 LAYERS = [
     {"errors"},
-    {"settings", "log", "repetition", "engine"},
+    {"settings", "log", "process", "repetition", "engine"},
     {"tokenizer", "safety"},
     {"prompt"},
     {"request"},
     {"response", "streaming", "metrics", "openapi"},
     {"service"},
+    {"async_service"},
     {"azure_server", "openai_server", "batch", "check"},
     {"commands"},
     {"cli"},
@@ -229,6 +239,20 @@ def test_nothing_imports_upwards():
         path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
         others = {found.split(".")[1] for found in imported_modules(path)} - {own}
         assert {other for other in others if LEVEL[other] >= LEVEL[own]} == set(), name
+
+
+def test_the_devices_do_not_know_each_other_and_one_file_knows_both():
+    for path in ENGINE:
+        found = {name.split(".")[2] for name in imports(path) if name.startswith("mptserve.engine.")} & {"cpu", "gpu"}
+        own = path.relative_to(PACKAGE / "engine").parts[0]
+        assert found <= ({"cpu", "gpu"} if own == "devices.py" else {own}), path
+
+
+def test_servers_batch_and_check_do_not_know_each_other():
+    rooms = {"azure_server", "openai_server", "batch", "check"}
+    for room in rooms:
+        for path in (PACKAGE / room).rglob("*.py"):
+            assert {name.split(".")[1] for name in imported_modules(path)} & rooms <= {room}, path
 
 
 def test_no_modules_import_each_other_in_a_circle():

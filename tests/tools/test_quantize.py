@@ -11,7 +11,8 @@ from mptserve.cli import main
 from mptserve.engine.checkpoint.config import read_config
 from mptserve.engine.checkpoint.reading import Checkpoint, WeightReader, weight_files
 from mptserve.engine.checkpoint.writing import write_quantized
-from mptserve.engine.loader import Placement, load_model
+from mptserve.engine.devices import load_model
+from mptserve.engine.placement import Placement
 from mptserve.errors import BadWeights, UnsupportedModel
 from tiny import tiny_config, write_checkpoint
 

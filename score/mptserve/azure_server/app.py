@@ -114,8 +114,11 @@ def respond(answer: Answer) -> Response:
     if answer.events is None:
         return Response(answer.body, answer.status, answer.headers, mimetype="application/json")
     # nginx, in front of us in Azure's images, holds a response back until it is whole unless told otherwise.
+    assert isinstance(answer.events, Iterator)
     headers = answer.headers | {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
-    return StreamedResponse(answer.events, answer.status, headers, mimetype="text/event-stream")
+    response = StreamedResponse(answer.events, answer.status, headers, mimetype="text/event-stream")
+    response.call_on_close(answer.cancel)  # also where the reader was gone before the first event
+    return response
 
 
 def client_gone(req: Request) -> bool:
@@ -224,9 +227,3 @@ def refuse_to_be_forked() -> None:
         os._exit(3)
 
     os.register_at_fork(after_in_child=forked)
-
-
-def exit_on_failure(reason: str) -> None:
-    """End the worker when the engine cannot go on: gunicorn starts a new one, or the platform a new container."""
-    log.critical("the engine cannot go on; exiting", extra={"numbers": {"reason": reason}})
-    threading.Timer(1.0, os._exit, (70,)).start()  # a second, so that waiting requests get their answer

@@ -4,13 +4,12 @@ import argparse
 import dataclasses
 import json
 import logging
-import os
-import threading
 from typing import Any
 
 from mptserve.batch.gpus import take_a_gpu
 from mptserve.batch.job import BatchJob
 from mptserve.log import set_up_logging
+from mptserve.process import exit_soon
 from mptserve.settings import read_settings
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,7 @@ def start(arguments: list[str]) -> BatchJob:
     set_up_logging(settings.log_level)
     if settings.device != "cpu":
         take_a_gpu()
-    return BatchJob(settings, on_failure=exit_on_failure, terminal=False)
+    return BatchJob(settings, on_failure=_exit, terminal=False)
 
 
 def succeeded(files: list[dict[str, Any]]) -> list[str]:
@@ -45,7 +44,6 @@ def succeeded(files: list[dict[str, Any]]) -> list[str]:
     return [json.dumps({name: f[name] for name in TOLD}, ensure_ascii=False) for f in files if not f["failed"]]
 
 
-def exit_on_failure(reason: str) -> None:
-    """End the process when its engine cannot go on: the driver starts another and tries the mini-batch again."""
-    log.critical("the engine cannot go on; exiting", extra={"numbers": {"reason": reason}})
-    threading.Timer(2.0, os._exit, (70,)).start()  # run() raises meanwhile, and the driver may log why
+def _exit(reason: str) -> None:
+    """End the process: the driver starts another and tries the mini-batch again."""
+    exit_soon(reason, delay_s=2.0)  # run() raises meanwhile, and the driver may log why

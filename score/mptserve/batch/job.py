@@ -10,7 +10,7 @@ from typing import Any
 
 import mptserve
 from mptserve.batch.files import InputFile, digest, input_file
-from mptserve.batch.pipeline import FileRun, Flow
+from mptserve.batch.pipeline import BatchPipeline, FileRun
 from mptserve.batch.progress import Progress
 from mptserve.batch.results import ResultFile
 from mptserve.batch.rows import RowRequests
@@ -59,9 +59,9 @@ class BatchJob:
         files = [input_file(path, self._root) for path in paths]
         ended: list[dict[str, Any]] = []
         with Progress(len(files), sum(_size(f.path) for f in files), self._terminal) as progress:
-            flow = Flow(self.service, self._rows, progress)
+            pipeline = BatchPipeline(self.service, self._rows, progress)
             open_runs: list[FileRun] = []
-            runs = flow.run(self._begin(files, open_runs, ended, progress))
+            runs = pipeline.run(self._begin(files, open_runs, ended, progress))
             try:
                 for run in runs:
                     ended.append(self._end(run))

@@ -20,9 +20,8 @@ from mptserve.batch.rows import RowRequests
 from mptserve.batch.summary import Tally, now
 from mptserve.engine import Sequence, Token
 from mptserve.errors import BadFile, GenerationFailed, ScoringError, Unavailable
-from mptserve.request import GenerateRequest
 from mptserve.service import Service
-from mptserve.streaming import Running
+from mptserve.streaming import Submission
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +89,11 @@ class Waiting:
     turn: int
     row: Row
     id: Any
-    request: GenerateRequest
-    running: list[Running]
+    submission: Submission
     left: int
 
 
-class Flow:
+class BatchPipeline:
     """One pass over a list of files; use it once."""
 
     def __init__(self, service: Service, rows: RowRequests, progress: Progress) -> None:
@@ -135,8 +133,7 @@ class Flow:
         finally:
             arriving.close()
             for waiting in self._waiting.values():
-                for running in waiting.running:
-                    running.generation.cancel()
+                waiting.submission.cancel()
 
     def _has_room(self) -> bool:
         return len(self._waiting) < self._window and self._held_chars < HELD_CHARS
@@ -174,14 +171,14 @@ class Flow:
         try:
             id = self._rows.id(row)
             request = self._rows.request(run.file.name, row, id)
-            running = self._service.submit(request, time.monotonic(), self._events)
+            submission = self._service.submit(request, time.monotonic(), self._events)
         except Unavailable as exc:
             raise EngineBroken(exc.message) from exc
         except ScoringError as exc:
             self._fail_row(run, turn, row, id, exc)
             return
-        waiting = Waiting(run, turn, row, id, request, running, len(running))
-        self._waiting |= {r.generation.sequence: waiting for r in running}
+        waiting = Waiting(run, turn, row, id, submission, len(submission.running))
+        self._waiting |= {r.sequence: waiting for r in submission.running}
 
     def _wait(self) -> FileRun | None:
         """Take the end of one sequence, if one comes soon; return the file whose row it finished, if it did."""
@@ -200,9 +197,9 @@ class Flow:
         return waiting.run
 
     def _finish(self, waiting: Waiting) -> None:
-        run, row, request = waiting.run, waiting.row, waiting.request
+        run, row, request = waiting.run, waiting.row, waiting.submission.request
         try:
-            results = self._service.results(request, waiting.running)
+            results = self._service.results(waiting.submission)
         except ScoringError as exc:
             if exc.code in ("engine_failed", "draining"):
                 raise EngineBroken(exc.message) from exc

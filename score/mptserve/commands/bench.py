@@ -17,10 +17,11 @@ import torch
 from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.checkpoint.config import MPTConfig, read_config
 from mptserve.engine.checkpoint.reading import WeightReader, find_checkpoint
-from mptserve.engine.cpu.threads import apart
-from mptserve.engine.loader import Placement, choose_placement, chosen_quant
+from mptserve.engine.devices import choose_placement
 from mptserve.engine.memory import use_huge_pages
+from mptserve.engine.placement import Placement, chosen_quant
 from mptserve.engine.start import EngineOptions, start_engine
+from mptserve.engine.threads import run_on_new_thread
 from mptserve.log import set_up_logging
 from mptserve.service import engine_options
 from mptserve.settings import Settings, read_settings
@@ -147,7 +148,7 @@ def work(
 def ceilings(place: Placement) -> Ceilings:
     """Measure the ceilings: reading memory much larger than the caches, and multiplying square matrices."""
     size = 8192 if place.device.type == "cuda" else 2048
-    a, b = apart(lambda: torch.randn(2, size, size, device=place.device, dtype=place.dtype).unbind())
+    a, b = run_on_new_thread(lambda: torch.randn(2, size, size, device=place.device, dtype=place.dtype).unbind())
     multiply = _best_seconds(lambda: a @ b, place.device)
     return Ceilings(read_gbs(place.device), 2 * size**3 / multiply / 1e12)
 
@@ -159,7 +160,7 @@ def read_gbs(device: torch.device) -> float:
     weights do.
     """
     gpu = device.type == "cuda"
-    memory = apart(lambda: torch.ones((4 << 30 if gpu else 512 << 20) // 4, device=device))
+    memory = run_on_new_thread(lambda: torch.ones((4 << 30 if gpu else 512 << 20) // 4, device=device))
     if not gpu:
         use_huge_pages(memory)
     return memory.nbytes / _best_seconds(memory.sum, device) / 1e9
@@ -178,4 +179,4 @@ def _best_seconds(work: Callable[[], object], device: torch.device, times: int =
             found.append(time.perf_counter() - started)
         return min(found)
 
-    return apart(best)
+    return run_on_new_thread(best)

@@ -15,7 +15,7 @@ from mptserve.settings import Settings, read_settings
 
 if TYPE_CHECKING:  # takes PyTorch, which other commands can do without
     from mptserve.service import Service
-    from mptserve.streaming import Running
+    from mptserve.streaming import RunningSequence
 
 _DAY_MS = 86_400_000
 """A prompt on a slow machine may take long: nobody waits behind it."""
@@ -85,7 +85,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _generate(service: "Service", args: argparse.Namespace, prompt: str) -> int:
     """Send the prompt the way of every request, so that the same rules and the same text come of it."""
     from mptserve.prompt import ChatPrompt, Message
-    from mptserve.streaming import Piece
+    from mptserve.streaming import TextDelta
 
     parameters: dict[str, Any] = {"max_new_tokens": args.n_predict, "return_full_text": False, "stream": True}
     parameters |= {"temperature": args.temperature, "top_p": args.top_p}
@@ -95,22 +95,22 @@ def _generate(service: "Service", args: argparse.Namespace, prompt: str) -> int:
     if args.chat:
         chat = dataclasses.replace(request.prompts[0], prompt=ChatPrompt((Message("user", prompt),)))
         request = dataclasses.replace(request, prompts=[chat])
-    running = service.submit(request, time.monotonic())
+    submission = service.submit(request, time.monotonic())
     print(f"{'-' * 20} prompt {'-' * 20}\n{prompt}\n{'-' * 20} text {'-' * 22}", flush=True)
     pieces = []
-    for item in service.stream(request, running):
-        if isinstance(item, Piece):
+    for item in service.stream(submission):
+        if isinstance(item, TextDelta):
             pieces.append(item.text)
             if args.stream:
                 print(item.text, end="", flush=True)
     print("" if args.stream else "".join(pieces))
-    print(f"{'-' * 48}\n{_figures(service, running[0])}", flush=True)
+    print(f"{'-' * 48}\n{_figures(service, submission.running[0])}", flush=True)
     return 0
 
 
-def _figures(service: "Service", running: "Running") -> str:
+def _figures(service: "Service", running: "RunningSequence") -> str:
     """Return token counts, times and memory in one paragraph."""
-    seq = running.generation.sequence
+    seq = running.sequence
     times, n = seq.timings, len(seq.out)
     first = times.first_token - times.submitted
     rest = times.finished - times.first_token

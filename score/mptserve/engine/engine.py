@@ -14,11 +14,10 @@ from typing import Protocol
 
 import torch
 
-from mptserve.engine.cpu.attention import Chunk
-from mptserve.engine.runner import Launched, StepRunner
 from mptserve.engine.sampling import Sampled
 from mptserve.engine.scheduler import Scheduler
 from mptserve.engine.sequence import Generation, SamplingParams, Sequence, TokenSink
+from mptserve.engine.step import Chunk, InFlightStep, StepRunner
 from mptserve.errors import ContextTooLong, GenerationFailed, QueueFull, ScoringError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ class MPTEngine:
         self._inbox: list[Sequence] = []
         self._wake = threading.Condition()
         self.draining = self._closed = False
-        self._running: Launched | None = None  # launched, not collected
+        self._running: InFlightStep | None = None  # launched, not collected
         self._thread = threading.Thread(target=self._loop, name="mpt-engine", daemon=True)
         self._thread.start()
 
@@ -191,7 +190,7 @@ class MPTEngine:
 
     def _step(self) -> None:
         """Launch the next step, and read the last one's tokens while the device works on it, if the runner can."""
-        self.scheduler.retire()
+        self.scheduler.remove_finished()
         if self.scheduler.may_preempt or self.scheduler.may_draft:
             self._collect()
         decodes, chunks = self.scheduler.next_step()
@@ -207,7 +206,7 @@ class MPTEngine:
             self._stats.steps += 1
             self._stats.step_seconds += time.monotonic() - started
 
-    def _launch(self, decodes: list[Sequence], chunks: list[Chunk], drafts: Seq[int] = ()) -> Launched | None:
+    def _launch(self, decodes: list[Sequence], chunks: list[Chunk], drafts: Seq[int] = ()) -> InFlightStep | None:
         """Launch one step; when that fails, run its sequences one by one, so that only those that must fail do."""
         try:
             launched = self.runner.launch(decodes, chunks, drafts)
@@ -251,7 +250,7 @@ class MPTEngine:
                 continue
             if not finite:
                 log.error("the model computed logits that are not numbers")
-                self.scheduler.cache.wipe(seq)
+                self.scheduler.cache.zero(seq)
                 seq.finish("error", GenerationFailed("the model computed logits that are not numbers"))
                 continue
             self._stats.generated_tokens += 1

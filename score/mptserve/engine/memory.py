@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mptserve.errors import DoesNotFit
+
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -50,6 +52,7 @@ def give_back_freed() -> None:
 
 # From Linux's <mman.h>; Python's mmap module has only some of them.
 DONTNEED, HUGEPAGE, NOHUGEPAGE, COLLAPSE = 4, 14, 15, 25
+_MAP_NORESERVE = 0x4000
 
 
 def advise(tensor: Tensor, n_bytes: int, advice: int) -> None:
@@ -68,6 +71,25 @@ def use_huge_pages(tensor: Tensor) -> None:
     """
     for advice in (HUGEPAGE, COLLAPSE):
         advise(tensor, tensor.nbytes, advice)
+
+
+def virtual_zeros(shape: tuple[int, ...]) -> tuple[Tensor, mmap.mmap]:
+    """Return a float32 tensor of zeros that takes real memory only page by page as it is written, and its mapping.
+
+    Raises DoesNotFit where the system has no such address space.
+    """
+    n_bytes = torch.Size(shape).numel() * 4
+    lazily = _MAP_NORESERVE if sys.platform == "linux" else 0
+    try:
+        memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | lazily)
+    except OSError as exc:
+        raise DoesNotFit(
+            f"cannot reserve {n_bytes / 1e9:.1f} GB of address space for the KV cache ({exc}); "
+            "lower MPT_MAX_ROWS or MPT_MAX_SEQ_LEN"
+        ) from exc
+    tensor = torch.frombuffer(memory, dtype=torch.float32).view(shape)
+    advise(tensor, n_bytes, NOHUGEPAGE)  # huge pages would break the block accounting: 2 MB for a head's first token
+    return tensor, memory
 
 
 @cache

@@ -53,42 +53,6 @@ class PlainLinear:
         return F.linear(x, self.weight, self.bias) + residual
 
 
-_PACKED_ROWS = 32
-"""Rows that oneDNN lays the weights out for; 5 % faster at 2 to 32 rows than leaving the choice to it."""
-
-
-class PackedLinear:
-    """A linear layer on the CPU with its weight in oneDNN's blocked layout.
-
-    1.5 (bfloat16) to 4 times (float32, 8 rows) as fast as F.linear, and a row's bits do not depend on how many rows
-    are computed with it: a single row, for which oneDNN takes another kernel, is computed twice.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_ROWS)
-        self.bias = bias
-
-    def __call__(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
-        return self._product(x if norm is None else norm(x), "none")
-
-    def gelu(self, x: Tensor, norm: "Norm | None" = None) -> Tensor:
-        return self._product(x if norm is None else norm(x), "gelu")
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        n = len(x)
-        if n == 1:
-            x, residual = x.repeat(2, 1), residual.repeat(2, 1)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
-        return y[:n]
-
-    def _product(self, x: Tensor, activation: str) -> Tensor:
-        n = len(x)
-        if n == 1:
-            x = x.repeat(2, 1)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, activation, [], "none")
-        return y[:n]
-
-
 @dataclass(frozen=True)
 class Norm:
     """LayerNorm over the last axis; `low_precision_layernorm` is the same maths in the model's dtype."""
@@ -129,7 +93,7 @@ class Block:
 
 
 class MPT:
-    """A loaded model; built by `weights.py`.
+    """A loaded model; built by loader.py.
 
     wte: [V, d] embedding, perhaps in fewer bits than the model's dtype.  head: the tied embedding as a linear layer,
     cut to the rows that have a token.
@@ -159,6 +123,21 @@ class MPT:
         """Return float32 logits [N, n_tokens]: vocabulary rows that no token has are left out."""
         logits = self.head(hidden).float()
         return logits if self.config.logit_scale is None else logits * self.config.logit_scale
+
+
+def build_block(config: MPTConfig, i: int, norm: Callable[[str], Norm], linear: Callable[[str], Linear]) -> Block:
+    """Return the block number `i`; norm, linear: make a layer of a tensor's published name less its ".weight"."""
+    at = f"transformer.blocks.{i}"
+    return Block(
+        norm_1=norm(f"{at}.norm_1"),
+        Wqkv=linear(f"{at}.attn.Wqkv"),
+        q_ln=norm(f"{at}.attn.q_ln") if config.qk_ln else None,
+        k_ln=norm(f"{at}.attn.k_ln") if config.qk_ln else None,
+        out_proj=linear(f"{at}.attn.out_proj"),
+        norm_2=norm(f"{at}.norm_2"),
+        up_proj=linear(f"{at}.ffn.up_proj"),
+        down_proj=linear(f"{at}.ffn.down_proj"),
+    )
 
 
 def alibi_slopes(n_heads: int, alibi_bias_max: float) -> Tensor:

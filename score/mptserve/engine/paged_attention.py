@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from mptserve.engine.cache import PagedCache
 from mptserve.engine.checkpoint.config import MPTConfig
-from mptserve.engine.cpu.attention import Chunk, Row
 from mptserve.engine.model import alibi_slopes
+from mptserve.engine.paged_cache import PagedCache
 from mptserve.engine.sequence import BLOCK
+from mptserve.engine.step import Chunk, Row
 
 
 class PagedAttention:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from mptserve.engine.checkpoint.config import MPTConfig
+from mptserve.engine.devices import choose_placement
 from mptserve.engine.engine import EngineStats, Job
-from mptserve.engine.loader import choose_placement, chosen_quant
 from mptserve.engine.memory import available_cores
+from mptserve.engine.placement import chosen_quant
 from mptserve.engine.sampling import sample
 from mptserve.engine.sequence import Generation, Sequence
 from mptserve.engine.start import EngineOptions

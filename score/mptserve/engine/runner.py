@@ -1,49 +1,22 @@
-"""Runs one step on the model: a batch of decoding rows and prompt chunks in, one sampled token per ready row out."""
+"""Runs a step with PyTorch and the attention of a cache: on a CPU, and on GPUs without Triton kernels."""
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from contextlib import nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mptserve.engine.cpu.attention import Chunk, Row
-from mptserve.engine.cpu.threads import StepThreads
 from mptserve.engine.model import MPT
 from mptserve.engine.sampling import Sampled, sample
 from mptserve.engine.sequence import Sequence
-
-Plan = Callable[[int, Tensor, Tensor], Tensor]
-
-
-class Attention(Protocol):
-    """What attention.py offers for either cache."""
-
-    def plan(self, decodes: Seq[Row], chunks: Seq[Chunk]) -> Plan: ...
+from mptserve.engine.step import Attention, Chunk, InFlightStep, Row
 
 
-@dataclass(frozen=True)
-class Launched:
-    """A step on its way. ready: the sequences that it draws a token for.  collect: waits, and returns the tokens.
+class Threads(Protocol):
+    """Chooses how many threads the step inside the context takes; cpu/step_threads.py."""
 
-    drafts: guessed tokens, if any: `ready` is then one sequence again and again, token i drawn as if the first i drafts
-    had been.
-    """
-
-    ready: list[Sequence]
-    collect: Callable[[], Sampled]
-    drafts: Seq[int] = ()
-
-
-class StepRunner(Protocol):
-    """What the engine needs of a runner. overlaps: whether a step may be launched before the last is collected."""
-
-    model: MPT
-    overlaps: bool
-
-    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[int] = ()) -> Launched: ...
+    def taking(self, n_tokens: int) -> AbstractContextManager[None]: ...
 
 
 class Runner:
@@ -54,11 +27,11 @@ class Runner:
 
     overlaps = False
 
-    def __init__(self, model: MPT, attention: Attention, threads: StepThreads | None = None) -> None:
+    def __init__(self, model: MPT, attention: Attention, threads: Threads | None = None) -> None:
         self.model, self.attention, self.threads = model, attention, threads
         self.eos_ids = torch.tensor(model.config.eos_token_ids, device=model.device)
 
-    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[int] = ()) -> Launched:
+    def launch(self, decodes: Seq[Sequence], chunks: Seq[Chunk], drafts: Seq[int] = ()) -> InFlightStep:
         """Compute the step, to its end.
 
         A sequence gets a token when its last known token was in the step: not in the middle of its prompt, and not
@@ -68,7 +41,6 @@ class Runner:
         drafts: tokens that may follow the last one of a lone decoding sequence. Each is a row of its own, computed as
         in a step of its own, and to the same bits where rows do not depend on each other.
         """
-        decodes = sorted(decodes, key=lambda s: s.slot)
         decoding = [Row(s, s.n_computed) for s in decodes]
         ids = [s.token(position) for s, position in decoding]
         for draft in drafts:
@@ -83,11 +55,11 @@ class Runner:
             plan = self.attention.plan(decoding, chunks)
             hidden = self.model.hidden(self._tensor(ids), plan)
             if not ready:
-                return Launched([], lambda: Sampled([], []))
+                return InFlightStep([], lambda: Sampled([], []))
             last = hidden[self._tensor([i for i, _ in ready])]
             rows = [seq for _, seq in ready]
             sampled = sample(self.model.logits(last), rows, self.eos_ids, drafts)
-        return Launched(rows, lambda: sampled, drafts)
+        return InFlightStep(rows, lambda: sampled, drafts)
 
     def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=self.model.device)

@@ -9,29 +9,11 @@ computed again, in the same way as the first time, so its answer is the same.
 
 import time
 from collections import deque
-from typing import Protocol
 
-from mptserve.engine.cache import reusable
-from mptserve.engine.cpu.attention import Chunk
+from mptserve.engine.cache import Cache, reusable_keys
 from mptserve.engine.prompt_lookup import PromptLookup
 from mptserve.engine.sequence import BLOCK, Sequence
-
-
-class Cache(Protocol):
-    """The methods of kv_cache.py's two stores."""
-
-    n_blocks: int
-
-    @property
-    def n_free_blocks(self) -> int: ...
-    @property
-    def n_cached_blocks(self) -> int: ...
-    def matched(self, seq: Sequence) -> int: ...
-    def acquire(self, seq: Sequence) -> bool: ...
-    def extend(self, seq: Sequence, n_tokens: int) -> bool: ...
-    def register(self, seq: Sequence) -> None: ...
-    def release(self, seq: Sequence) -> None: ...
-    def wipe(self, seq: Sequence) -> None: ...
+from mptserve.engine.step import Chunk
 
 
 class Scheduler:
@@ -110,7 +92,7 @@ class Scheduler:
     def undo(self, seq: Sequence) -> None:
         """Forget all that is computed of a sequence and compute it again, without drafts from now on."""
         seq.may_draft = False
-        self.cache.wipe(seq)
+        self.cache.zero(seq)
         self._preempt(seq)
 
     def _lookup_of(self, seq: Sequence) -> PromptLookup:
@@ -127,7 +109,7 @@ class Scheduler:
             chunk.seq.n_computed += chunk.n
             self.cache.register(chunk.seq)
 
-    def retire(self) -> None:
+    def remove_finished(self) -> None:
         """Drop finished, cancelled and late sequences, wherever they are, and free their memory."""
         ended = [seq for seq in (*self.running, *self.waiting) if seq.expire()]
         if not ended:
@@ -151,7 +133,7 @@ class Scheduler:
 
     def _prefix_is_coming(self, seq: Sequence) -> bool:
         """Whether a running prompt is about to compute blocks that `seq` could then reuse (the same prompt n times)."""
-        keys = reusable(seq)
+        keys = reusable_keys(seq)
         if not keys:
             return False
         n_now = self.cache.matched(seq)

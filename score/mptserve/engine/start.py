@@ -8,20 +8,24 @@ from pathlib import Path
 
 import torch
 
-from mptserve.engine.cache import PagedCache, SlotCache, n_blocks_for
+from mptserve.engine.cache import n_blocks_for
 from mptserve.engine.checkpoint.config import MPTConfig
 from mptserve.engine.checkpoint.reading import WeightReader
-from mptserve.engine.cpu.attention import SlotAttention
-from mptserve.engine.cpu.threads import StepThreads, ThreadSpeed, apart, measure_thread_speed
+from mptserve.engine.devices import (
+    choose_placement,
+    load_model,
+    make_cache_and_runner,
+    thread_speed,
+    uses_slots,
+)
 from mptserve.engine.engine import MPTEngine
-from mptserve.engine.loader import Placement, check_fit, choose_placement, chosen_quant, load_model
 from mptserve.engine.memory import available_bytes, available_cores
 from mptserve.engine.model import MPT
-from mptserve.engine.paged_attention import PagedAttention
-from mptserve.engine.runner import Runner, StepRunner
-from mptserve.engine.scheduler import Cache, Scheduler
+from mptserve.engine.placement import Placement, check_fit, chosen_quant
+from mptserve.engine.scheduler import Scheduler
 from mptserve.engine.sequence import BLOCK, SamplingParams, Sequence
-from mptserve.errors import DoesNotFit
+from mptserve.engine.threads import ThreadSpeed, run_on_new_thread
+from mptserve.errors import BadSetting, DoesNotFit
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +66,14 @@ def start_engine(
     @torch.inference_mode()
     def load() -> tuple[Placement, MPT, ThreadSpeed | None]:
         place = choose_placement(options.device, options.dtype, options.kv_dtype, quant, reader.dtype)
+        if options.speculate_tokens and place.device.type != "cpu":
+            raise BadSetting("MPT_SPECULATE_TOKENS is for CPUs; on a GPU leave it at 0")
         check_fit(config, place, max_seq_len)
         torch.set_num_threads(n_threads)
         model = load_model(reader, config, place, n_tokens)
-        return place, model, measure_thread_speed(model) if place.device.type == "cpu" else None
+        return place, model, thread_speed(model)
 
-    place, model, speed = apart(load)
+    place, model, speed = run_on_new_thread(load)
     if place.device.type == "cpu" or not place.kernels:  # a GPU's warm up while they capture graphs
         _warm_up(assemble(model, place, min(max_seq_len, 4 * BLOCK), options, speed))
     engine = assemble(model, place, max_seq_len, options, speed, on_finish=on_finish, on_failure=on_failure)
@@ -111,25 +117,9 @@ def assemble(
     config = model.config
     n_blocks = _n_blocks(config, place, max_seq_len, options)
     max_tokens = min(max_seq_len, n_blocks * BLOCK)
-    cache: Cache
-    runner: StepRunner
-    if place.device.type == "cpu":
-        slots = SlotCache(config, n_blocks, options.max_rows, max_tokens)
-        cache = slots
-        most = options.cpu_threads or available_cores()
-        threads = None if speed is None else StepThreads(speed, config.n_parameters, most)
-        runner = Runner(model, SlotAttention(config, slots, place.kernels), threads)
-    else:
-        pages = PagedCache(config, n_blocks, place.kv_dtype, place.device, options.max_rows)
-        cache = pages
-        if place.kernels:
-            from mptserve.engine.gpu.runner import GpuRunner  # needs Triton
-
-            runner = GpuRunner(model, pages, options.max_rows, max_tokens, options.speculate_tokens)
-            runner.capture()
-        else:
-            runner = Runner(model, PagedAttention(config, pages))
-    exact_resume = place.device.type == "cpu"
+    n_threads = options.cpu_threads or available_cores()
+    cache, runner = make_cache_and_runner(model, place, n_blocks, max_tokens, options.max_rows, speed, n_threads)
+    exact_resume = uses_slots(config, place)
     return MPTEngine(
         runner,
         Scheduler(cache, options.max_rows, options.prefill_tokens, exact_resume, options.speculate_tokens),

@@ -161,8 +161,8 @@ async def _send_error(scope: Scope, exc: ScoringError, request_id: str, send: Se
     await send({"type": "http.response.body", "body": body})
 
 
-def gone(request: Request) -> Callable[[], Awaitable[None]]:
-    """Return what waits until the caller of `request`, whose body was read, has hung up."""
+def disconnected(request: Request) -> Callable[[], Awaitable[None]]:
+    """Return a coroutine function that waits until the caller of `request`, whose body was read, has hung up."""
 
     async def wait() -> None:
         while (await request.receive())["type"] != "http.disconnect":

@@ -1,7 +1,6 @@
 """The requests of OpenAI's API as this server takes them: what is known is checked, what is not is refused.
 
-Fields that ask for something which a text model cannot do are here too, at the one value that asks for nothing, so
-that clients which always send them work.
+Unsupported fields that clients always send are accepted, but only at their no-op value.
 """
 
 from typing import Annotated, Any, Literal
@@ -26,7 +25,7 @@ class StreamOptions(Model):
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is padded.")
 
 
-class Generation(Model):
+class GenerationFields(Model):
     """What both kinds of request share. Fields from `top_k` on are ours: `extra_body` in OpenAI's client."""
 
     model: str | None = Field(None, max_length=1000, description="Not looked at: a deployment has one model.")
@@ -56,7 +55,7 @@ class Generation(Model):
     truncate: Count | None = None
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationFields):
     """`/v1/completions`: text to go on with. Control tokens such as `<|im_end|>` count in it."""
 
     prompt: (
@@ -91,7 +90,7 @@ class ResponseFormat(Model):
     type: Literal["text"]
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationFields):
     """`/v1/chat/completions`: a conversation to answer. What messages say is never read as control tokens."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]

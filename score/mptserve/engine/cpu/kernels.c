@@ -436,15 +436,16 @@ INLINE void attend_one(int D, const float *q, const float *keys, const float *va
   }
 }
 
-/* Write keys and values kv [N, 2, H, D], with kv_stride floats from token to token, into cache [2, n_slots, H, T, D].
-   tokens, slots, positions: [rows], which token goes where. */
-void store(int rows, int H, int D, int T, int n_slots, const float *kv, int64_t kv_stride, const int64_t *tokens,
-           const int64_t *slots, const int64_t *positions, float *cache) {
-  for (int row = 0; row < rows; row++)
+/* Write keys and values kv [n_tokens, 2, H, D], with kv_stride floats from token to token, into
+   cache [2, n_slots, H, T, D].  slots, positions: [n_tokens], where they go.  Few tokens are not worth waking threads. */
+void store(int n_tokens, int H, int D, int T, int n_slots, const float *kv, int64_t kv_stride, const int64_t *slots,
+           const int64_t *positions, float *cache) {
+#pragma omp parallel for schedule(static) if (n_tokens > 64)
+  for (int i = 0; i < n_tokens; i++)
     for (int half = 0; half < 2; half++)
       for (int h = 0; h < H; h++)
-        memcpy(cache + ((((size_t)half * n_slots + slots[row]) * H + h) * T + positions[row]) * D,
-               kv + tokens[row] * kv_stride + ((size_t)half * H + h) * D, (size_t)D * 4);
+        memcpy(cache + ((((size_t)half * n_slots + slots[i]) * H + h) * T + positions[i]) * D,
+               kv + i * kv_stride + ((size_t)half * H + h) * D, (size_t)D * 4);
 }
 
 /* Decoding rows: q [rows, H, D] with q_stride floats from row to row, cache [2, slots, H, T, D] -> out [rows, H, D].

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mptserve.engine.cpu.threads import apart
 from mptserve.engine.memory import use_huge_pages
 from mptserve.engine.model import Norm
 from mptserve.engine.quantization.codes import GROUP, Quantized, dequantize, quantize
+from mptserve.engine.threads import run_on_new_thread
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
@@ -39,7 +39,7 @@ class _Unavailable(Exception):
 def why_no_cpu_kernels() -> str:
     """Return why the kernels cannot run on this machine, or "" if they can; tried once, by running one."""
     try:
-        return "" if apart(_compute_sense) else "a kernel computed nonsense"
+        return "" if run_on_new_thread(_compute_sense) else "a kernel computed nonsense"
     except _Unavailable as exc:
         return str(exc)
 
@@ -89,7 +89,7 @@ def _library() -> ctypes.CDLL:
     pointer, number, real, large = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
     library.layout.argtypes = (pointer, pointer)
     library.linear.argtypes = (*[number] * 4, *[pointer] * 3, real, *[pointer] * 4, number, pointer)
-    library.store.argtypes = (*[number] * 5, pointer, large, *[pointer] * 4)
+    library.store.argtypes = (*[number] * 5, pointer, large, *[pointer] * 3)
     library.attend.argtypes = (*[number] * 5, pointer, large, *[pointer] * 5, real, pointer)
     library.attend_tiles.argtypes = (*[number] * 5, pointer, large, *[pointer] * 4, real, pointer)
     return library
@@ -221,100 +221,48 @@ def linear(
         x, norm = F.pad(x if norm is None else norm(x), (0, missing)), None
     x = x.contiguous()
     y = torch.empty(len(x), weight.n_out)
-    failed = _library().linear(
-        weight.bits,
-        len(x),
-        weight.n_out,
-        weight.n_in,
-        x.data_ptr(),
-        _address(norm.weight if norm else None),
-        _address(norm.bias if norm else None),
-        norm.eps if norm else 0.0,
-        weight.panels.data_ptr(),
-        _address(weight.scale),
-        _address(bias),
-        _address(residual),
-        gelu,
-        y.data_ptr(),
+    norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
+    _check(
+        _library().linear(
+            weight.bits,
+            len(x),
+            weight.n_out,
+            weight.n_in,
+            *_addresses(x, norm_weight, norm_bias),
+            norm.eps if norm else 0.0,
+            *_addresses(weight.panels, weight.scale, bias, residual),
+            gelu,
+            y.data_ptr(),
+        )
     )
-    return _done(failed, y)
+    return y
 
 
-class CompiledLinear:
-    """A linear layer on the CPU by our kernels, which compute in float32 what surrounds the product.
+def store(kv: Tensor, slots: Tensor, positions: Tensor, cache: Tensor) -> None:
+    """Write keys and values kv [N, 2, H, D] of a step into cache [2, n_slots, H, T, D], where they go.
 
-    weight: codes, or bfloat16, which as a factor in float32 is exact, and half as long to read.
+    slots, positions: int64 [N].
     """
-
-    def __init__(self, weight: Tensor | Quantized, bias: Tensor | None = None) -> None:
-        self._weight = pack(weight)
-        self._bias = None if bias is None else bias.float()
-
-    def __call__(self, x: Tensor, norm: Norm | None = None) -> Tensor:
-        return self._product(x, norm)
-
-    def gelu(self, x: Tensor, norm: Norm | None = None) -> Tensor:
-        return self._product(x, norm, gelu=True)
-
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self._product(x, residual=residual.float()).to(residual.dtype)
-
-    def _product(
-        self, x: Tensor, norm: Norm | None = None, residual: Tensor | None = None, gelu: bool = False
-    ) -> Tensor:
-        if norm is not None and norm.weight.dtype != torch.float32:
-            return self._product(norm(x), None, residual, gelu)
-        return linear(x.float(), self._weight, norm, self._bias, residual, gelu).to(x.dtype)
-
-
-def store(kv: Tensor, tokens: Tensor, slots: Tensor, positions: Tensor, cache: Tensor) -> None:
-    """Write keys and values kv [N, 2, H, D] of the step's `tokens` into cache [2, n_slots, H, T, D], where they go.
-
-    tokens, slots, positions: int64 [M].
-    """
-    _, n_slots, heads, n_tokens, head_dim = cache.shape
-    _library().store(
-        len(tokens),
-        heads,
-        head_dim,
-        n_tokens,
-        n_slots,
-        kv.data_ptr(),
-        kv.stride(0),
-        tokens.data_ptr(),
-        slots.data_ptr(),
-        positions.data_ptr(),
-        cache.data_ptr(),
-    )
+    _library().store(len(kv), *_sizes(cache), *_strided(kv), *_addresses(slots, positions, cache))
 
 
 def attend(
-    q: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, first: Tensor | None, slopes: Tensor, scale: float
-) -> Tensor:
-    """Return [M, H, D], ALiBi attention of q [M, H, D] over each row's keys up to its own position.
+    q: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    first: Tensor | None,
+    slopes: Tensor,
+    scale: float,
+    out: Tensor,
+) -> None:
+    """Write to out [M, H, D], or its first M rows, ALiBi attention of q [M, H, D] over each row's keys up to its own.
 
     cache: [2, n_slots, H, T, D].  slots, positions: int64 [M].  first: int64 [M, H], the first key that a row's head
     reads; all from the first without.
     """
-    _, n_slots, heads, n_tokens, head_dim = cache.shape
-    out = torch.empty(len(q), heads, head_dim)
-    failed = _library().attend(
-        len(q),
-        heads,
-        head_dim,
-        n_tokens,
-        n_slots,
-        q.data_ptr(),
-        q.stride(0),
-        cache.data_ptr(),
-        slots.data_ptr(),
-        positions.data_ptr(),
-        _address(first),
-        slopes.data_ptr(),
-        scale,
-        out.data_ptr(),
-    )
-    return _done(failed, out)
+    tensors = _addresses(cache, slots, positions, first, slopes)
+    _check(_library().attend(len(q), *_sizes(cache), *_strided(q), *tensors, scale, out.data_ptr()))
 
 
 def attend_tiles(
@@ -332,30 +280,25 @@ def attend_tiles(
     and how many queries (32, or fewer to a prompt's end).  first: int64 [n, H], the first key that a tile's head reads;
     all from the first without. A query's bits depend on its position alone, if tiles start at multiples of 32.
     """
+    tensors = _addresses(cache, tiles, first, slopes)
+    _check(_library().attend_tiles(len(tiles), *_sizes(cache), *_strided(q), *tensors, scale, out.data_ptr()))
+
+
+def _sizes(cache: Tensor) -> tuple[int, int, int, int]:
+    """Return (H, D, T, n_slots) of a layer's cache, in the kernels' order."""
     _, n_slots, heads, n_tokens, head_dim = cache.shape
-    failed = _library().attend_tiles(
-        len(tiles),
-        heads,
-        head_dim,
-        n_tokens,
-        n_slots,
-        q.data_ptr(),
-        q.stride(0),
-        cache.data_ptr(),
-        tiles.data_ptr(),
-        _address(first),
-        slopes.data_ptr(),
-        scale,
-        out.data_ptr(),
-    )
-    _done(failed, out)
+    return heads, head_dim, n_tokens, n_slots
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _strided(tokens: Tensor) -> tuple[int, int]:
+    """Return the address of tokens [N, ...], and how many numbers lie between two of them."""
+    return tokens.data_ptr(), tokens.stride(0)
 
 
-def _done(failed: int, result: Tensor) -> Tensor:
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _check(failed: int) -> None:
     if failed:
         raise MemoryError("no memory for a kernel's working space")
-    return result

@@ -11,17 +11,12 @@ whole blocks of 32 tokens, so it depends neither on chunks nor on where a reused
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mptserve.engine.sequence import BLOCK
 
 WINDOWED_FROM = 2048
 """Keys up to which everything is read: below, finding the window takes about as long as it saves."""
-
-_HEADS = 8
-"""Heads that share a call of PyTorch's. Slopes fall from head to head, so neighbours are alike; fewer would idle the
-threads."""
 
 _NOTHING = 17.0
 """Nats: scores this far below another are gone in float32."""
@@ -50,17 +45,3 @@ def first_keys(q: Tensor, k: Tensor, k_norm: Tensor, start: int, slopes: Tensor,
     first = position - (above_own + (position + 1).log() + _NOTHING) / slopes
     blocks: Tensor = first.amin(0).div(BLOCK).floor().clamp(0, start // BLOCK).nan_to_num(0)
     return blocks.to(torch.int64) * BLOCK
-
-
-def shared(first: Tensor) -> list[tuple[slice, int]]:
-    """Return (heads, first key) of as few calls as are worth it, where a call has one first key: first [H]."""
-    far = 1 << 62
-    groups = F.pad(first, (0, -len(first) % _HEADS), value=far).view(-1, _HEADS).amin(1)
-    found: list[tuple[slice, int]] = []
-    for i, key in enumerate(groups.tolist()):
-        heads = slice(i * _HEADS, (i + 1) * _HEADS)
-        if found and found[-1][1] == key:
-            found[-1] = (slice(found[-1][0].start, heads.stop), key)
-        else:
-            found.append((heads, key))
-    return found

@@ -20,10 +20,10 @@ def why_no_kernels(device: torch.device) -> str:
     if capability < _OLDEST:
         return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, not 8.0"
     try:
-        from mptserve.engine.gpu import kernels
+        from mptserve.engine.gpu.linear_kernels import linear
 
         x = torch.ones(1, 64, device=device, dtype=torch.float16)
-        if kernels.linear(x, x)[0, 0].item() != 64:
+        if linear(x, x)[0, 0].item() != 64:
             return "a kernel computed nonsense"
     except Exception as exc:  # no Triton, no C compiler, no writable cache folder: all end here, whatever they raise
         return f"{type(exc).__name__}: {str(exc).strip().splitlines()[0] if str(exc).strip() else 'no reason given'}"

@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from mptserve.engine.gpu import kernels
-from mptserve.engine.gpu import quantized_kernels as quant_kernels
+from mptserve.engine.gpu import linear_kernels, quantized_kernels
 from mptserve.engine.model import Norm, PlainLinear
 from mptserve.engine.quantization.codes import Quantized
 
@@ -33,16 +32,15 @@ class KernelLinear:
     def _few(self, x: Tensor, norm: Norm | None = None, gelu: bool = False, residual: Tensor | None = None) -> Tensor:
         if norm is not None and len(x) > _FUSED_NORM_ROWS:
             x, norm = norm(x), None
-        fused = None if norm is None else (norm.weight, norm.bias, norm.eps)
         if isinstance(self.weight, Tensor):
-            return kernels.linear(x, self.weight, self.bias, norm=fused, gelu=gelu, residual=residual)
-        return quant_kernels.linear(x, self.weight, self.bias, norm=fused, gelu=gelu, residual=residual)
+            return linear_kernels.linear(x, self.weight, self.bias, norm=norm, gelu=gelu, residual=residual)
+        return quantized_kernels.linear(x, self.weight, self.bias, norm=norm, gelu=gelu, residual=residual)
 
     def _plain(self, x: Tensor) -> PlainLinear:
         if isinstance(self.weight, Tensor):
             return PlainLinear(self.weight, self.bias)
-        return PlainLinear(quant_kernels.unpack(self.weight, x.shape[1], x.dtype), self.bias)
+        return PlainLinear(quantized_kernels.unpack(self.weight, x.shape[1], x.dtype), self.bias)
 
 
 def _are_few(x: Tensor) -> bool:
-    return len(x) <= kernels.MAX_ROWS_OF_LINEAR
+    return len(x) <= linear_kernels.MAX_ROWS

@@ -1,8 +1,9 @@
-"""Triton kernels that read 8-bit and 4-bit weights: few-row linear layers, and unpacking a whole layer.
+"""Triton kernels that read 8-bit and 4-bit weights: linear layers with few rows, and unpacking a whole layer.
 
-`linear` is kernels.linear's sibling: y = f(norm(x) Wᵀ + b) + residual for M <= 16, with W as quantization.py stores it.
-With one row the weights are multiplied out in float32; more rows take them in the model's dtype, through the tensor
-cores. In 4 bits a byte holds an even column and the odd one after it, so x is read as two halves with stride 2.
+`linear` is linear_kernels.linear for quantized weights: y = f(norm(x) Wᵀ + b) + residual for M <= 16, with W as
+quantization/codes.py stores it. One row is multiplied with the weights in float32; more rows take them in the model's
+dtype, through the tensor cores. In 4 bits a byte holds an even column and the odd one after it, so x is read as two
+halves with stride 2.
 """
 
 import torch
@@ -10,14 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mptserve.engine.gpu.kernels import Norm, _dot, _finish, _moments, _normed, launch_linear
+from mptserve.engine.gpu.linear_kernels import finish, launch_linear, moments, normed_part
+from mptserve.engine.gpu.triton_dot import dot
+from mptserve.engine.model import Norm
 from mptserve.engine.quantization.codes import GROUP, Quantized
 
 _GROUP = tl.constexpr(GROUP)
 
 
 @triton.jit
-def _quant_linear(
+def _quantized_linear(
     x,
     codes,
     scale,
@@ -51,7 +54,7 @@ def _quant_linear(
     mean = tl.zeros([ROWS], tl.float32)
     inverse = mean
     if NORM:
-        mean, inverse = _moments(x, m, m_mask, x_stride, eps, K, ROWS, IN)
+        mean, inverse = moments(x, m, m_mask, x_stride, eps, K, ROWS, IN)
 
     if ROWS == 1:
         sums = tl.zeros([OUT, IN], tl.float32)
@@ -74,26 +77,26 @@ def _quant_linear(
             part = tl.load(x + m[:, None] * x_stride + at[None, :], mask=x_mask, other=0.0)
             other = tl.load(x + m[:, None] * x_stride + at[None, :] + 1, mask=x_mask, other=0.0)
             if NORM:
-                part = _normed(part, at, gamma, beta, mean, inverse, k_mask, dtype, NORM_BIAS)
-                other = _normed(other, at + 1, gamma, beta, mean, inverse, k_mask, dtype, NORM_BIAS)
+                part = normed_part(part, at, gamma, beta, mean, inverse, k_mask, dtype, NORM_BIAS)
+                other = normed_part(other, at + 1, gamma, beta, mean, inverse, k_mask, dtype, NORM_BIAS)
             if ROWS == 1:
                 sums += even * part.to(tl.float32) + odd * other.to(tl.float32)
             else:
-                acc = _dot(even.to(dtype), tl.trans(part), acc, PRECISION)
-                acc = _dot(odd.to(dtype), tl.trans(other), acc, PRECISION)
+                acc = dot(even.to(dtype), tl.trans(part), acc, PRECISION)
+                acc = dot(odd.to(dtype), tl.trans(other), acc, PRECISION)
         else:
             part = tl.load(x + m[:, None] * x_stride + (i + k)[None, :], mask=x_mask, other=0.0)
             if NORM:
-                part = _normed(part, i + k, gamma, beta, mean, inverse, k_mask, dtype, NORM_BIAS)
+                part = normed_part(part, i + k, gamma, beta, mean, inverse, k_mask, dtype, NORM_BIAS)
             if ROWS == 1:
                 sums += byte.to(tl.float32) * part.to(tl.float32)
             else:
-                acc = _dot(byte.to(tl.float32).to(dtype), tl.trans(part), acc, PRECISION)  # to 127: exact
+                acc = dot(byte.to(tl.float32).to(dtype), tl.trans(part), acc, PRECISION)  # to 127: exact
     if ROWS == 1:
         acc = tl.sum(sums, 1)[:, None]
     if not FOUR:
         acc *= tl.load(scale + n, mask=n_mask, other=0.0)[:, None]
-    _finish(acc, y, bias, residual, m, n, m_mask, n_mask, n_out, GELU, BIAS, RESIDUAL)
+    finish(acc, y, bias, residual, m, n, m_mask, n_mask, n_out, GELU, BIAS, RESIDUAL)
 
 
 def linear(
@@ -105,7 +108,7 @@ def linear(
     gelu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Return f(norm(x) Wᵀ + b) + residual, [M, n_out], for x [M, K] with M <= 16; as kernels.linear.
+    """Return f(norm(x) Wᵀ + b) + residual, [M, n_out], for x [M, K] with M <= 16; as linear_kernels.linear.
 
     One row meets 4-bit weights in float32; more rows meet them rounded to the dtype of x.
     """
@@ -113,7 +116,7 @@ def linear(
     weights = (weight.codes, weight.scale, weight.scale if weight.zero is None else weight.zero)
     values_per_step = 2 if four else 1  # in 4 bits each byte takes two values' registers
     n_out = len(weight.scale)
-    return launch_linear(_quant_linear, x, weights, n_out, values_per_step, bias, norm, gelu, residual, FOUR=four)
+    return launch_linear(_quantized_linear, x, weights, n_out, values_per_step, bias, norm, gelu, residual, FOUR=four)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
-"""The state of decoding rows on a GPU, where a step can find and move it on without the CPU.
+"""The state of decoding rows on a GPU, where a step can find it and move it on without the CPU.
 
-A lane is a column of three arrays. A sequence has one from its admission to its end; steps name the lanes they work
-on, so that rows can come and go while everything stays where it is, as CUDA graphs want it.
+A row's state is a column of two arrays and a line of two others. A sequence keeps its column from its admission to its
+end; steps name the columns they work on, so that rows can join and leave while everything stays where it is, as CUDA
+graphs need it.
 """
 
 from collections.abc import Sequence as Seq
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mptserve.engine.gpu.transfer import upload
 from mptserve.engine.sequence import Sequence
 
 IN_PROMPT = 1 << 20
@@ -17,13 +19,15 @@ IN_PROMPT = 1 << 20
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """integers: [8, lanes] int64: last token, tokens in the cache, tokens generated, seed, top_k, min_new_tokens,
-    penalised (0 or 1), biased (0 or 1).  numbers: [8, lanes] float32: temperature, top_p, min_p, repetition, presence
-    and frequency penalty.  counts: [lanes, V] int32: how often a token was generated, plus IN_PROMPT; kept where
-    penalised.  biases: [lanes, V] float32: what is added to the logits; kept where biased.
+class RowStates:
+    """The state of every row, by slot.
 
-    The last lane belongs to nobody: rows that only fill a batch up name it.
+    integers: [8, slots] int64: last token, tokens in the cache, tokens generated, seed, top_k, min_new_tokens,
+    has penalties (0 or 1), has biases (0 or 1).  numbers: [8, slots] float32: temperature, top_p, min_p, repetition,
+    presence and frequency penalty.  counts: [slots, V] int32: how often a token was generated, plus IN_PROMPT; kept for
+    rows with penalties.  biases: [slots, V] float32: what is added to the logits; kept for rows with biases.
+
+    The last slot belongs to no sequence: rows that pad a batch name it.
     """
 
     integers: Tensor
@@ -41,70 +45,41 @@ class Lanes:
 
 
 @dataclass(frozen=True)
-class LaneState:
-    """What a lane is set to: its sequence as it is now, with `n_cached` tokens in the cache."""
+class RowUpdate:
+    """What a sequence's row state is set to: the sequence as it is now, with `n_cached` tokens in the cache."""
 
-    lane: int
     seq: Sequence
     n_cached: int
 
 
-def new_lanes(n_lanes: int, n_vocab: int, device: torch.device) -> Lanes:
-    return Lanes(
-        torch.zeros(8, n_lanes, dtype=torch.int64, device=device),
-        torch.zeros(8, n_lanes, dtype=torch.float32, device=device),
-        torch.zeros(n_lanes, n_vocab, dtype=torch.int32, device=device),
-        torch.zeros(n_lanes, n_vocab, dtype=torch.float32, device=device),
+def new_row_states(n_slots: int, n_vocab: int, device: torch.device) -> RowStates:
+    return RowStates(
+        torch.zeros(8, n_slots, dtype=torch.int64, device=device),
+        torch.zeros(8, n_slots, dtype=torch.float32, device=device),
+        torch.zeros(n_slots, n_vocab, dtype=torch.int32, device=device),
+        torch.zeros(n_slots, n_vocab, dtype=torch.float32, device=device),
     )
 
 
-def upload(host: Tensor, device: torch.device) -> Tensor:
-    """Return `host` on `device`; on its way to a GPU it makes nobody wait for the steps that are under way there."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
-def set_lanes(lanes: Lanes, states: Seq[LaneState]) -> None:
-    """Overwrite lanes."""
-    device = lanes.integers.device
+def set_row_states(states: RowStates, updates: Seq[RowUpdate]) -> None:
+    """Overwrite the state of the sequences' slots."""
+    device = states.integers.device
     integers, numbers = [], []
-    for state in states:
-        seq, p = state.seq, state.seq.params
-        penalised = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
+    for update in updates:
+        seq, p = update.seq, update.seq.params
+        has_penalties = p.repetition_penalty != 1 or p.presence_penalty != 0 or p.frequency_penalty != 0
         last = seq.token(seq.n_tokens - 1)
-        flags = int(penalised), int(bool(p.logit_bias))
-        integers.append((last, state.n_cached, len(seq.out), p.seed, p.top_k, p.min_new_tokens, *flags))
-        numbers.append(
-            (p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty, 0.0, 0.0)
-        )
-        if penalised:
-            lanes.counts[state.lane] = upload(_counts(seq, lanes.counts.shape[1]), device)
+        flags = int(has_penalties), int(bool(p.logit_bias))
+        integers.append((last, update.n_cached, len(seq.out), p.seed, p.top_k, p.min_new_tokens, *flags))
+        penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
+        numbers.append((p.temperature, p.top_p, p.min_p, *penalties, 0.0, 0.0))
+        if has_penalties:
+            states.counts[seq.slot] = upload(_counts(seq, states.counts.shape[1]), device)
         if p.logit_bias:
-            lanes.biases[state.lane] = upload(_biases(seq, lanes.biases.shape[1]), device)
-    which = upload(torch.tensor([state.lane for state in states]), device)
-    lanes.integers[:, which] = upload(torch.tensor(integers), device).T
-    lanes.numbers[:, which] = upload(torch.tensor(numbers, dtype=torch.float32), device).T
-
-
-def fork_lane(lanes: Lanes, source: int, first: int, drafts: Tensor) -> None:
-    """Let lane first + i (0 to n) be what `source` would be after drawing the first i of `drafts` [n] int64."""
-    n, device = len(drafts), drafts.device
-    to, after = slice(first, first + n + 1), torch.arange(n + 1, device=device)
-    lanes.integers[:, to] = lanes.integers[:, source, None]
-    lanes.numbers[:, to] = lanes.numbers[:, source, None]
-    lanes.counts[to] = lanes.counts[source]
-    lanes.biases[to] = lanes.biases[source]
-    lanes.token[first + 1 : first + n + 1] = drafts
-    lanes.integers[1:3, to] += after  # tokens in the cache, tokens generated
-    behind, before = torch.tril_indices(n, n, device=device)  # lane first + 1 + behind has drawn draft `before`
-    ones = torch.ones_like(behind, dtype=lanes.counts.dtype)
-    lanes.counts.index_put_((behind + (first + 1), drafts[before]), ones, accumulate=True)
-
-
-def copy_lane(lanes: Lanes, source: int, to: int) -> None:
-    lanes.integers[:, to] = lanes.integers[:, source]
-    lanes.numbers[:, to] = lanes.numbers[:, source]
-    lanes.counts[to] = lanes.counts[source]
-    lanes.biases[to] = lanes.biases[source]
+            states.biases[seq.slot] = upload(_biases(seq, states.biases.shape[1]), device)
+    slots = upload(torch.tensor([update.seq.slot for update in updates]), device)
+    states.integers[:, slots] = upload(torch.tensor(integers), device).T
+    states.numbers[:, slots] = upload(torch.tensor(numbers, dtype=torch.float32), device).T
 
 
 def _counts(seq: Sequence, n_vocab: int) -> Tensor:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mptserve.engine.checkpoint.config import MPTConfig
 from mptserve.engine.checkpoint.reading import WeightReader
-from mptserve.engine.loader import build_block
-from mptserve.engine.model import Attend, Norm, PlainLinear, alibi_slopes
+from mptserve.engine.model import Attend, Norm, PlainLinear, alibi_slopes, build_block
 from mptserve.engine.quantization.codes import Quantized, dequantize
 from mptserve.engine.quantization.gptq import quantize_gptq, second_moment
 from mptserve.errors import BadWeights

@@ -9,14 +9,13 @@ when they are not, they try again a little later. The results are the same, to t
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 from mptserve.engine.model import MPT
+from mptserve.engine.threads import ThreadSpeed
 
 _LONG_S = 0.1
 """Seconds of one thread's work from which a step always takes all threads: their meetings are short against it."""
@@ -32,28 +31,6 @@ _NEWEST = 0.3
 
 _MEASURED_WEIGHTS = 1 << 25
 """So many weights no processor keeps in a cache of its own, and one thread multiplies in tenths of a second."""
-
-
-_Result = TypeVar("_Result")
-
-
-def apart(work: Callable[[], _Result]) -> _Result:
-    """Return what `work` returns or raise what it raises; it runs on a thread of its own, which ends.
-
-    OpenMP keeps a pool of threads for every thread that ever computed. As soon as all pools together outnumber the
-    cores, its threads sleep between operations instead of standing by, which halves the speed of small models. So
-    nothing but an engine may compute on a thread that stays.
-    """
-    with ThreadPoolExecutor(max_workers=1) as own:
-        return own.submit(work).result()
-
-
-@dataclass(frozen=True)
-class ThreadSpeed:
-    """What one CPU thread does in a linear layer. read: seconds per weight.  multiply: seconds per weight and token."""
-
-    read: float
-    multiply: float
 
 
 def measure_thread_speed(model: MPT) -> ThreadSpeed:
