@@ -11,10 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports kernels.py
 
-from doors import Door
 from insights import Ingestion
 from mptserve.service import Service
 from mptserve.settings import read_settings
+from openai_process import OpenAIServer
 from serving import MODEL_DIR, QUEUE_LIMIT, LoggedServer
 
 
@@ -52,9 +52,9 @@ def service() -> Iterator[Service]:
 
 
 @pytest.fixture(scope="session")
-def door() -> Iterator[Door]:
-    """The container door without keys; shared, so leave it idle."""
-    with Door() as running:
+def openai_server() -> Iterator[OpenAIServer]:
+    """The OpenAI server without keys; shared, so leave it idle."""
+    with OpenAIServer() as running:
         yield running
 
 

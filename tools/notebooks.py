@@ -37,11 +37,11 @@ def main(names: list[str]) -> None:
 
 def run_with_azure(path: Path) -> list[Any]:
     """Return the cells of a notebook that ran against an emulator of its own."""
-    from desk import desk_in
+    from azure_emulator import emulator_in
     from local_azure.azure import settings_text
 
-    with tempfile.TemporaryDirectory() as folder, desk_in(Path(folder)) as desk:
-        return execute(path, settings_text(desk.azure))
+    with tempfile.TemporaryDirectory() as folder, emulator_in(Path(folder)) as emulator:
+        return execute(path, settings_text(emulator.azure))
 
 
 def execute(path: Path, more_settings: str = "") -> list[Any]:

@@ -22,7 +22,7 @@ PROMPTS = ("Hi, I'd like a latte.", "Oat milk, please. How much is it?")
 def main() -> None:
     """Write the picture."""
     sys.path[:0] = [str(ROOT / "score"), str(ROOT / "tests" / "support")]
-    from doors import Door
+    from openai_process import OpenAIServer
 
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
@@ -31,12 +31,12 @@ def main() -> None:
     options.binary_location = shutil.which("chromium") or ""
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     try:
-        with Door() as door:
+        with OpenAIServer() as openai_server:
             browser.execute_cdp_cmd(
                 "Emulation.setDeviceMetricsOverride",
                 {"width": SIZE[0], "height": SIZE[1], "deviceScaleFactor": 1, "mobile": False},
             )
-            converse(browser, door.url)
+            converse(browser, openai_server.url)
             browser.save_screenshot(str(PICTURE))
     finally:
         browser.quit()

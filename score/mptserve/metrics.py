@@ -71,9 +71,13 @@ class _EngineCollector(Collector):
             ("mpt_generated_tokens", "Tokens generated.", s.generated_tokens),
             ("mpt_steps", "Steps of the engine.", s.steps),
             ("mpt_step_seconds", "Time spent in steps.", s.step_seconds),
-            ("mpt_preemptions", "Sequences that had to make room for older ones.", s.preemptions),
-            ("mpt_drafted_tokens", "Tokens guessed ahead.", s.drafted_tokens),
-            ("mpt_accepted_tokens", "Guessed tokens that were right.", s.accepted_tokens),
+            (
+                "mpt_preemptions",
+                "Sequences preempted: computed again later, to make room for older ones.",
+                s.preemptions,
+            ),
+            ("mpt_drafted_tokens", "Draft tokens of speculative decoding.", s.drafted_tokens),
+            ("mpt_accepted_tokens", "Draft tokens that were accepted.", s.accepted_tokens),
         ):
             yield CounterMetricFamily(name, what, value=total)
         finished = CounterMetricFamily("mpt_sequences", "Sequences finished, by reason.", labels=["reason"])

@@ -37,7 +37,7 @@ def test_it_prints_settings_that_work_and_leaves_nothing_behind() -> None:
         script = "".join(lines) + "import json; print(json.dumps([dict(os.environ), WORKSPACE, RESOURCE_MANAGER]))"
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         settings, workspace, url = json.loads(done.stdout)
-        assert workspace == "desk"
+        assert workspace == "local"
         context = ssl.create_default_context(cafile=settings["REQUESTS_CA_BUNDLE"])
         with urllib.request.urlopen(settings["ARM_CLOUD_METADATA_URL"], context=context, timeout=10) as reply:
             assert json.loads(reply.read())[0]["resourceManager"] == url

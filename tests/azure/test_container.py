@@ -1,4 +1,4 @@
-"""The container deployment: its files hang together, and the door runs on what the image installs."""
+"""The container deployment: its files hang together, and the server runs on what the image installs."""
 
 import re
 import subprocess
@@ -55,7 +55,7 @@ WITHOUT = [
 """What the image lacks, or has no right to rely on."""
 
 
-def test_the_door_runs_without_what_the_image_leaves_out():
+def test_the_server_runs_without_what_the_image_leaves_out():
     program = f"""
 import sys
 for name in {WITHOUT!r}:
@@ -88,7 +88,7 @@ def test_the_image_runs_as_nobody_special_checks_itself_and_holds_no_weights():
     assert all((ROOT / source).exists() for source in sources)
 
 
-def test_routes_and_ports_of_deployment_image_and_door_agree():
+def test_routes_and_ports_of_deployment_image_and_server_agree():
     config = yaml.safe_load((ENVIRONMENT / "container.yml").read_text(encoding="utf-8"))["inference_config"]
     routes = {name: (route["port"], route["path"]) for name, route in config.items()}
     assert routes == {

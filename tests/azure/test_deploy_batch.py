@@ -13,8 +13,8 @@ pytest.importorskip("azure.ai.ml", reason="needs azure-ai-ml: pip install -e '.[
 from azure.ai.ml import Input, load_batch_endpoint, load_job
 from azure.ai.ml.entities._load_functions import load_model_batch_deployment, load_schedule
 
+from azure_emulator import Emulator, emulator_in
 from batches import places, results, write
-from desk import Desk, desk_in
 from serving import PATIENCE_S, ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the SDK's own, about marshmallow
@@ -24,34 +24,34 @@ SAMPLES = ROOT / "samples" / "batch"
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    """Azure on the desk with the batch endpoint and its smoke deployment."""
-    with desk_in(tmp_path_factory.mktemp("azure")) as desk:
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    """the local Azure emulator with the batch endpoint and its smoke deployment."""
+    with emulator_in(tmp_path_factory.mktemp("azure")) as emulator:
         endpoint = load_batch_endpoint(BATCH / "endpoint.yml")
-        desk.client.batch_endpoints.begin_create_or_update(endpoint).result()
+        emulator.client.batch_endpoints.begin_create_or_update(endpoint).result()
         deployment = load_model_batch_deployment(BATCH / "smoke.yml")
         deployment.settings.environment_variables |= {"MPT_CPU_THREADS": "1", "MPT_KV_CACHE_GB": "0.2"}
-        desk.client.batch_deployments.begin_create_or_update(deployment).result()
+        emulator.client.batch_deployments.begin_create_or_update(deployment).result()
         endpoint.defaults = {"deployment_name": deployment.name}
-        desk.client.batch_endpoints.begin_create_or_update(endpoint).result()
-        yield desk
+        emulator.client.batch_endpoints.begin_create_or_update(endpoint).result()
+        yield emulator
 
 
-def run(desk: Desk, folder: Path, data: Input, **options: Any) -> str:
+def run(emulator: Emulator, folder: Path, data: Input, **options: Any) -> str:
     """Invoke the endpoint, wait until the job has ended, download its results into `folder`; return its status."""
-    job = desk.client.batch_endpoints.invoke("mpt-batch", input=data, **options)
+    job = emulator.client.batch_endpoints.invoke("mpt-batch", input=data, **options)
     deadline = time.monotonic() + PATIENCE_S
-    while (found := desk.client.jobs.get(job.name)).status == "Running":
+    while (found := emulator.client.jobs.get(job.name)).status == "Running":
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    desk.client.jobs.download(job.name, download_path=folder)
+    emulator.client.jobs.download(job.name, download_path=folder)
     status: str = found.status
     return status
 
 
 @pytest.mark.slow
-def test_the_samples_are_scored_through_the_sdk(desk: Desk, tmp_path: Path) -> None:
-    assert run(desk, tmp_path, Input(type="uri_folder", path=str(SAMPLES))) == "Completed"
+def test_the_samples_are_scored_through_the_sdk(emulator: Emulator, tmp_path: Path) -> None:
+    assert run(emulator, tmp_path, Input(type="uri_folder", path=str(SAMPLES))) == "Completed"
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file() and "_summary" not in p.parts) == [
         "beginnings.tsv.jsonl",
         "files.jsonl",
@@ -79,16 +79,16 @@ def test_the_samples_are_scored_through_the_sdk(desk: Desk, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_failed_file_fails_the_job_above_the_threshold(desk: Desk, tmp_path: Path) -> None:
+def test_a_failed_file_fails_the_job_above_the_threshold(emulator: Emulator, tmp_path: Path) -> None:
     write(tmp_path / "in" / "wrong.csv", "question\nWhy?\n")
     write(tmp_path / "in" / "good.txt", "Once\n")
-    assert run(desk, tmp_path / "out", Input(type="uri_folder", path=str(tmp_path / "in"))) == "Failed"
+    assert run(emulator, tmp_path / "out", Input(type="uri_folder", path=str(tmp_path / "in"))) == "Failed"
 
 
 @pytest.mark.slow
-def test_one_file_and_a_deployment_by_name(desk: Desk, tmp_path: Path) -> None:
+def test_one_file_and_a_deployment_by_name(emulator: Emulator, tmp_path: Path) -> None:
     path = write(tmp_path / "one.txt", "Once upon a time\n")
-    status = run(desk, tmp_path / "out", Input(type="uri_file", path=path), deployment_name="smoke")
+    status = run(emulator, tmp_path / "out", Input(type="uri_file", path=path), deployment_name="smoke")
     assert status == "Completed"
     (found,) = (tmp_path / "out").rglob("one.txt.jsonl")
     assert results(found.parent, found.name)[0]["output"].startswith("Once upon a time")

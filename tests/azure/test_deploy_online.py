@@ -1,4 +1,4 @@
-"""endpoint/online/smoke.yml, the embedded model, on Azure on the desk: deployed, asked, killed, rolled out."""
+"""endpoint/online/smoke.yml, the embedded model, on the local Azure emulator: deployed, asked, killed, rolled out."""
 
 import json
 import os
@@ -15,44 +15,44 @@ pytest.importorskip("azure.ai.ml", reason="needs the extra `azure`")
 
 from azure.core.exceptions import HttpResponseError
 
-from desk import Desk, Load, desk_in
+from azure_emulator import Emulator, Load, emulator_in
 from serving import ROOT, eventually, metrics, request
 
 pytestmark = pytest.mark.long
 
-NAME = "mpt-desk"
+NAME = "mpt-local"
 SAMPLES = sorted((ROOT / "samples" / "online").glob("*.json"))
 SMOKE = ROOT / "endpoint" / "online" / "smoke.yml"
 LONG = request("Once upon a time", max_new_tokens=500, ignore_eos=True, seed=1)
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
     """A workspace with the embedded model deployed as `blue`."""
-    with desk_in(tmp_path_factory.mktemp("azure")) as desk:
-        desk.create_endpoint(NAME)
-        desk.deploy_file(NAME, "blue", SMOKE)
-        desk.shift(NAME, {"blue": 100})
-        yield desk
+    with emulator_in(tmp_path_factory.mktemp("azure")) as emulator:
+        emulator.create_endpoint(NAME)
+        emulator.deploy_file(NAME, "blue", SMOKE)
+        emulator.shift(NAME, {"blue": 100})
+        yield emulator
 
 
-def invoke(desk: Desk, path: Path) -> Any:
+def invoke(emulator: Emulator, path: Path) -> Any:
     """Return what `az ml online-endpoint invoke --request-file` prints: it calls the SDK's invoke."""
-    answer = desk.client.online_endpoints.invoke(NAME, request_file=str(path))
+    answer = emulator.client.online_endpoints.invoke(NAME, request_file=str(path))
     return answer if answer.startswith("event:") else json.loads(answer)
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
-def test_every_sample_works_through_the_front_door(desk: Desk, path: Path) -> None:
-    reply = desk.post(NAME, path.read_bytes())
+def test_every_sample_works_through_the_frontend(emulator: Emulator, path: Path) -> None:
+    reply = emulator.post(NAME, path.read_bytes())
     if path.stem == "mistake":
         assert (reply.status_code, reply.headers["ms-azureml-model-error-statuscode"]) == (424, "400")
         assert reply.json()["error"]["field"] == "/input_data/parameters/tempratur"
         with pytest.raises(HttpResponseError, match="did you mean `temperature`"):
-            invoke(desk, path)
+            invoke(emulator, path)
         return
     assert (reply.status_code, reply.headers["azureml-model-deployment"]) == (200, "blue")
-    answer = invoke(desk, path)
+    answer = invoke(emulator, path)
     if path.stem == "stream":
         assert reply.headers["content-type"].startswith("text/event-stream")
         assert "event: done" in reply.text
@@ -64,8 +64,8 @@ def test_every_sample_works_through_the_front_door(desk: Desk, path: Path) -> No
         assert len(answer) == len(reply.json())
 
 
-def test_container_sees_what_azures_image_would_show_it(desk: Desk) -> None:
-    [instance] = desk.azure.online.endpoint(NAME).deployments["blue"].instances
+def test_container_sees_what_azures_image_would_show_it(emulator: Emulator) -> None:
+    [instance] = emulator.azure.online.endpoint(NAME).deployments["blue"].instances
     environment = instance.environment()
     assert sorted(p.name for p in Path(environment["AZUREML_MODEL_DIR"]).iterdir()) == ["mpt-8m"]
     assert environment["AML_APP_ROOT"].endswith("/var/azureml-app/score")
@@ -77,14 +77,14 @@ def test_container_sees_what_azures_image_would_show_it(desk: Desk) -> None:
 @pytest.mark.parametrize(
     "whole_container", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["server process", "container"]
 )
-def test_killed_server_loses_only_what_was_in_flight(desk: Desk, whole_container: bool) -> None:
+def test_killed_server_loses_only_what_was_in_flight(emulator: Emulator, whole_container: bool) -> None:
     """Those callers get an error, not silence; whoever asks afterwards gets an answer."""
-    [instance] = desk.azure.online.endpoint(NAME).deployments["blue"].instances
+    [instance] = emulator.azure.online.endpoint(NAME).deployments["blue"].instances
     assert instance.process is not None
     booted = [int(line.rsplit(" ", 1)[1]) for line in instance.lines if "Booting worker with pid" in line]
-    key = desk.key(NAME)
+    key = emulator.key(NAME)
     with ThreadPoolExecutor(8) as pool:
-        doomed = [pool.submit(desk.post, NAME, LONG, key=key) for _ in range(3)]
+        doomed = [pool.submit(emulator.post, NAME, LONG, key=key) for _ in range(3)]
         # In the engine, that is: one that the server has not accepted yet would survive its process.
         eventually(lambda: metrics(instance.port)["mpt_running"] == 3, "three running requests")
         if whole_container:
@@ -92,29 +92,29 @@ def test_killed_server_loses_only_what_was_in_flight(desk: Desk, whole_container
         else:
             os.kill(booted[-1], signal.SIGKILL)
         assert [f.result().status_code for f in doomed] == [424] * 3
-        later = [pool.submit(desk.post, NAME, request("Once", max_new_tokens=4), key=key) for _ in range(3)]
+        later = [pool.submit(emulator.post, NAME, request("Once", max_new_tokens=4), key=key) for _ in range(3)]
         assert [f.result().status_code for f in later] == [200] * 3
     booted_now = [int(line.rsplit(" ", 1)[1]) for line in instance.lines if "Booting worker with pid" in line]
     assert len(booted_now) == len(booted) + 1
 
 
 @pytest.mark.slow
-def test_deployment_with_a_bad_setting_says_so(desk: Desk) -> None:
+def test_deployment_with_a_bad_setting_says_so(emulator: Emulator) -> None:
     with pytest.raises(HttpResponseError, match=r"MPT_MAX_ROW\b[\s\S]*MPT_MAX_ROWS"):
-        desk.deploy_file(NAME, "typo", SMOKE, **{"environment_variables.MPT_MAX_ROW": "8"})
-    desk.client.online_deployments.begin_delete("typo", NAME).result()
+        emulator.deploy_file(NAME, "typo", SMOKE, **{"environment_variables.MPT_MAX_ROW": "8"})
+    emulator.client.online_deployments.begin_delete("typo", NAME).result()
 
 
 @pytest.mark.slow
-def test_rollout_moves_traffic_with_no_failed_request(desk: Desk) -> None:
+def test_rollout_moves_traffic_with_no_failed_request(emulator: Emulator) -> None:
     """ROLLOUT as the documents and rollout.sh have it: mirror, 10, 50, 100, delete; while callers never stop.
 
     The last test here: it leaves `green` behind.
     """
     body = request("Once upon a time", max_new_tokens=4)
     seen: list[dict[str, int]] = []
-    with Load(desk, NAME, body, callers=3) as load:
-        desk.deploy_file(NAME, "green", SMOKE, **{"environment_variables.MPT_MAX_ROWS": "3"})
+    with Load(emulator, NAME, body, callers=3) as load:
+        emulator.deploy_file(NAME, "green", SMOKE, **{"environment_variables.MPT_MAX_ROWS": "3"})
         for traffic, mirror in [
             ({"blue": 100}, {"green": 10}),
             ({"blue": 90, "green": 10}, {}),
@@ -122,10 +122,10 @@ def test_rollout_moves_traffic_with_no_failed_request(desk: Desk) -> None:
             ({"green": 100}, {}),
         ]:
             before = len(load.replies)
-            desk.shift(NAME, traffic, mirror)
+            emulator.shift(NAME, traffic, mirror)
             eventually(lambda before=before: len(load.replies) >= before + 25, "some answers")
             seen.append({name: sum(d == name for _, d in load.replies[before + 5 :]) for name in ("blue", "green")})
-        desk.client.online_deployments.begin_delete("blue", NAME).result()
+        emulator.client.online_deployments.begin_delete("blue", NAME).result()
         before = len(load.replies)
         eventually(lambda: len(load.replies) >= before + 10, "answers without blue")
     assert ({status for status, _ in load.replies}, load.failures) == ({200}, [])

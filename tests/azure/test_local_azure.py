@@ -1,4 +1,4 @@
-"""Azure on the desk behaves as Azure's documents say: the front door, traffic, probes, operations, by the real SDK."""
+"""The local Azure emulator behaves as Azure's documents say: keys, traffic, probes, operations, by the real SDK."""
 
 import json
 import os
@@ -15,71 +15,71 @@ pytest.importorskip("azure.ai.ml", reason="needs the extra `azure`")
 import requests
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 
-from desk import Desk, Load, desk_in, write_parrot
+from azure_emulator import Emulator, Load, emulator_in, write_parrot
 from serving import eventually
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")
-def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    with desk_in(tmp_path_factory.mktemp("azure")) as desk:
-        yield desk
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Emulator]:
+    with emulator_in(tmp_path_factory.mktemp("azure")) as emulator:
+        yield emulator
 
 
 @pytest.fixture(scope="module")
-def parrot(desk: Desk) -> Iterator[str]:
+def parrot(emulator: Emulator) -> Iterator[str]:
     """An endpoint with two deployments of a scoring script that does what it is told; all traffic goes to blue."""
-    code = write_parrot(desk.azure.root / "parrot")
-    desk.create_endpoint("parrot")
+    code = write_parrot(emulator.azure.root / "parrot")
+    emulator.create_endpoint("parrot")
     with ThreadPoolExecutor() as pool:  # two at once, as two people would
-        list(pool.map(lambda name: desk.deploy("parrot", name, code), ["blue", "green"]))
-    desk.shift("parrot", {"blue": 100})
+        list(pool.map(lambda name: emulator.deploy("parrot", name, code), ["blue", "green"]))
+    emulator.shift("parrot", {"blue": 100})
     yield "parrot"
-    desk.client.online_endpoints.begin_delete("parrot").result()
+    emulator.client.online_endpoints.begin_delete("parrot").result()
 
 
 @pytest.fixture
-def blue_only(desk: Desk, parrot: str) -> Iterator[str]:
+def blue_only(emulator: Emulator, parrot: str) -> Iterator[str]:
     """The same endpoint, for tests that change its traffic."""
     yield parrot
-    desk.shift(parrot, {"blue": 100})
+    emulator.shift(parrot, {"blue": 100})
 
 
 # Who may ask
 
 
-def test_keys_open_the_door_until_they_are_renewed(desk: Desk, parrot: str) -> None:
-    keys = desk.client.online_endpoints.get_keys(parrot)
+def test_keys_are_taken_until_they_are_renewed(emulator: Emulator, parrot: str) -> None:
+    keys = emulator.client.online_endpoints.get_keys(parrot)
     given = [keys.primary_key, keys.secondary_key, "wrong", "x" + keys.primary_key]
-    assert [desk.post(parrot, {}, key=key).status_code for key in given] == [200, 200, 401, 401]
-    url = f"{desk.azure.url}/endpoints/{parrot}/score"
-    assert requests.post(url, json={}, verify=str(desk.azure.ca), timeout=10).status_code == 401
-    desk.client.online_endpoints.begin_regenerate_keys(parrot, key_type="primary").result()
-    renewed = desk.key(parrot)
+    assert [emulator.post(parrot, {}, key=key).status_code for key in given] == [200, 200, 401, 401]
+    url = f"{emulator.azure.url}/endpoints/{parrot}/score"
+    assert requests.post(url, json={}, verify=str(emulator.azure.ca), timeout=10).status_code == 401
+    emulator.client.online_endpoints.begin_regenerate_keys(parrot, key_type="primary").result()
+    renewed = emulator.key(parrot)
     assert renewed != keys.primary_key
     given = [keys.primary_key, renewed, keys.secondary_key]
-    assert [desk.post(parrot, {}, key=key).status_code for key in given] == [401, 200, 200]
+    assert [emulator.post(parrot, {}, key=key).status_code for key in given] == [401, 200, 200]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["aml_token", "aad_token"])
-def test_token_endpoints_take_the_token_that_the_sdk_fetches(desk: Desk, tmp_path: Path, mode: str) -> None:
+def test_token_endpoints_take_the_token_that_the_sdk_fetches(emulator: Emulator, tmp_path: Path, mode: str) -> None:
     name = mode.replace("_", "-")
-    desk.create_endpoint(name, auth_mode=mode)
-    desk.deploy(name, "blue", write_parrot(tmp_path / "parrot"))
-    desk.shift(name, {"blue": 100})
+    emulator.create_endpoint(name, auth_mode=mode)
+    emulator.deploy(name, "blue", write_parrot(tmp_path / "parrot"))
+    emulator.shift(name, {"blue": 100})
     (tmp_path / "request.json").write_text("{}", encoding="utf-8")
-    answer = desk.client.online_endpoints.invoke(name, request_file=str(tmp_path / "request.json"))
+    answer = emulator.client.online_endpoints.invoke(name, request_file=str(tmp_path / "request.json"))
     assert json.loads(answer)["who"] == "blue"
-    token = desk.client.online_endpoints.get_keys(name).access_token
-    assert [desk.post(name, {}, key=key).status_code for key in (token, "wrong")] == [200, 401]
-    desk.client.online_endpoints.begin_delete(name).result()
-    assert desk.post(name, {}, key=token).status_code == 404
+    token = emulator.client.online_endpoints.get_keys(name).access_token
+    assert [emulator.post(name, {}, key=key).status_code for key in (token, "wrong")] == [200, 401]
+    emulator.client.online_endpoints.begin_delete(name).result()
+    assert emulator.post(name, {}, key=token).status_code == 404
 
 
-def test_the_key_does_not_reach_the_container(desk: Desk, parrot: str) -> None:
-    headers = desk.post(parrot, {}).json()["headers"]
+def test_the_key_does_not_reach_the_container(emulator: Emulator, parrot: str) -> None:
+    headers = emulator.post(parrot, {}).json()["headers"]
     assert "authorization" not in headers
     assert "x-request-id" in headers
 
@@ -88,30 +88,30 @@ def test_the_key_does_not_reach_the_container(desk: Desk, parrot: str) -> None:
 
 
 @pytest.mark.parametrize("status", [201, 400, 422, 500, 503])
-def test_anything_but_200_becomes_424_with_the_status_in_a_header(desk: Desk, parrot: str, status: int) -> None:
-    reply = desk.post(parrot, {"status": status})
+def test_anything_but_200_becomes_424_with_the_status_in_a_header(emulator: Emulator, parrot: str, status: int) -> None:
+    reply = emulator.post(parrot, {"status": status})
     assert (reply.status_code, reply.headers["ms-azureml-model-error-statuscode"]) == (424, str(status))
     assert reply.headers["ms-azureml-model-error-reason"]
     assert reply.json()["who"] == "blue"
 
 
-def test_stream_passes_through_piece_by_piece(desk: Desk, parrot: str) -> None:
+def test_stream_passes_through_piece_by_piece(emulator: Emulator, parrot: str) -> None:
     started = time.monotonic()
-    with desk.post(parrot, {"pieces": 4, "every_s": 0.3}, stream=True) as reply:
+    with emulator.post(parrot, {"pieces": 4, "every_s": 0.3}, stream=True) as reply:
         seen = [(time.monotonic() - started, line) for line in reply.iter_lines() if line]
     assert [line for _, line in seen] == [b"data: 0", b"data: 1", b"data: 2", b"data: 3"]
     assert seen[-1][0] - seen[0][0] > 0.6
 
 
 @pytest.mark.slow
-def test_slow_answers_and_crowds_are_turned_away(desk: Desk, parrot: str, tmp_path: Path) -> None:
+def test_slow_answers_and_crowds_are_turned_away(emulator: Emulator, parrot: str, tmp_path: Path) -> None:
     """request_timeout_ms → 408; more than 2 × max_concurrent_requests_per_instance × instances → 429."""
-    desk.deploy(parrot, "narrow", write_parrot(tmp_path / "parrot"), timeout_ms=4000, concurrency=2)
-    key = desk.key(parrot)
+    emulator.deploy(parrot, "narrow", write_parrot(tmp_path / "parrot"), timeout_ms=4000, concurrency=2)
+    key = emulator.key(parrot)
 
     def ask(sleep_s: float) -> tuple[int, float]:
         started = time.monotonic()
-        reply = desk.post(parrot, {"sleep_s": sleep_s}, key=key, deployment="narrow")
+        reply = emulator.post(parrot, {"sleep_s": sleep_s}, key=key, deployment="narrow")
         return reply.status_code, time.monotonic() - started
 
     status, seconds = ask(8)
@@ -123,18 +123,18 @@ def test_slow_answers_and_crowds_are_turned_away(desk: Desk, parrot: str, tmp_pa
     assert ask(0)[0] == 200, "the places of those who left are free again"
     with (
         pytest.raises(requests.exceptions.ChunkedEncodingError),
-        desk.post(parrot, {"pieces": 80, "every_s": 0.1}, key=key, deployment="narrow", stream=True) as reply,
+        emulator.post(parrot, {"pieces": 80, "every_s": 0.1}, key=key, deployment="narrow", stream=True) as reply,
     ):
         list(reply.iter_lines())
     assert reply.status_code == 200
     eventually(lambda: ask(0)[0] == 200, "an answer after the broken stream")
-    desk.client.online_deployments.begin_delete("narrow", parrot).result()
+    emulator.client.online_deployments.begin_delete("narrow", parrot).result()
 
 
-def test_caller_who_hangs_up_gives_the_place_back(desk: Desk, parrot: str) -> None:
-    with desk.post(parrot, {"pieces": 200, "every_s": 0.05}, stream=True) as reply:
+def test_caller_who_hangs_up_gives_the_place_back(emulator: Emulator, parrot: str) -> None:
+    with emulator.post(parrot, {"pieces": 200, "every_s": 0.05}, stream=True) as reply:
         next(reply.iter_lines())
-    deployment = desk.azure.online.endpoint(parrot).deployments["blue"]
+    deployment = emulator.azure.online.endpoint(parrot).deployments["blue"]
     eventually(lambda: deployment.in_flight == 0, "no open request", 5)
     assert [i.in_flight for i in deployment.instances] == [0]
 
@@ -142,34 +142,34 @@ def test_caller_who_hangs_up_gives_the_place_back(desk: Desk, parrot: str) -> No
 # Who answers
 
 
-def test_header_names_the_deployment_whatever_the_traffic(desk: Desk, parrot: str) -> None:
-    named = [desk.post(parrot, {}, deployment=name) for name in ("blue", "green", "red")]
+def test_header_names_the_deployment_whatever_the_traffic(emulator: Emulator, parrot: str) -> None:
+    named = [emulator.post(parrot, {}, deployment=name) for name in ("blue", "green", "red")]
     assert [r.status_code for r in named] == [200, 200, 404]
     assert [r.json()["who"] for r in named[:2]] == ["blue", "green"]
 
 
 @pytest.mark.slow
-def test_traffic_is_split_by_weight_and_no_weight_is_404(desk: Desk, blue_only: str) -> None:
-    desk.shift(blue_only, {"blue": 50, "green": 50})
-    key = desk.key(blue_only)
-    who = [desk.post(blue_only, {}, key=key).headers["azureml-model-deployment"] for _ in range(60)]
+def test_traffic_is_split_by_weight_and_no_weight_is_404(emulator: Emulator, blue_only: str) -> None:
+    emulator.shift(blue_only, {"blue": 50, "green": 50})
+    key = emulator.key(blue_only)
+    who = [emulator.post(blue_only, {}, key=key).headers["azureml-model-deployment"] for _ in range(60)]
     assert set(who) == {"blue", "green"}
     assert 10 < who.count("green") < 50  # outside of it once in ten million runs
-    desk.shift(blue_only, {})
-    assert desk.post(blue_only, {}).status_code == 404
-    assert desk.post(blue_only, {}, deployment="green").status_code == 200
+    emulator.shift(blue_only, {})
+    assert emulator.post(blue_only, {}).status_code == 404
+    assert emulator.post(blue_only, {}, deployment="green").status_code == 200
 
 
 @pytest.mark.slow
-def test_mirror_copies_some_requests_and_nobody_sees_its_answers(desk: Desk, blue_only: str) -> None:
-    desk.shift(blue_only, {"blue": 100}, {"green": 50})
-    key = desk.key(blue_only)
-    who = {desk.post(blue_only, {"name": "mirrored"}, key=key).json()["who"] for _ in range(60)}
-    desk.post(blue_only, {"name": "named"}, key=key, deployment="blue")
-    copies = eventually(lambda: desk.log(blue_only, "green").count("asked mirrored"), "a copy")
+def test_mirror_copies_some_requests_and_nobody_sees_its_answers(emulator: Emulator, blue_only: str) -> None:
+    emulator.shift(blue_only, {"blue": 100}, {"green": 50})
+    key = emulator.key(blue_only)
+    who = {emulator.post(blue_only, {"name": "mirrored"}, key=key).json()["who"] for _ in range(60)}
+    emulator.post(blue_only, {"name": "named"}, key=key, deployment="blue")
+    copies = eventually(lambda: emulator.log(blue_only, "green").count("asked mirrored"), "a copy")
     assert who == {"blue"}
     assert 10 < copies < 50
-    assert "asked named" not in desk.log(blue_only, "green")
+    assert "asked named" not in emulator.log(blue_only, "green")
 
 
 @pytest.mark.parametrize(
@@ -183,21 +183,21 @@ def test_mirror_copies_some_requests_and_nobody_sees_its_answers(desk: Desk, blu
     ],
 )
 def test_traffic_that_makes_no_sense_is_refused(
-    desk: Desk, parrot: str, traffic: dict[str, int], mirror: dict[str, int], message: str
+    emulator: Emulator, parrot: str, traffic: dict[str, int], mirror: dict[str, int], message: str
 ) -> None:
     with pytest.raises(HttpResponseError, match=message):
-        desk.shift(parrot, traffic, mirror)
-    assert desk.client.online_endpoints.get(parrot).traffic == {"blue": 100, "green": 0}
+        emulator.shift(parrot, traffic, mirror)
+    assert emulator.client.online_endpoints.get(parrot).traffic == {"blue": 100, "green": 0}
 
 
 # Storage, and what is not there
 
 
-def test_blobs_come_back_as_they_went_in_also_in_blocks(desk: Desk) -> None:
+def test_blobs_come_back_as_they_went_in_also_in_blocks(emulator: Emulator) -> None:
     """What the SDK does with files above 64 MB, here with a client that calls 1,000 bytes large."""
     from azure.storage.blob import ContainerClient
 
-    url = f"{desk.azure.url}/storage/desk/box?sv=2025-01-05&sig=desk"
+    url = f"{emulator.azure.url}/storage/emulator/box?sv=2025-01-05&sig=local"
     content = bytes(range(256)) * 20
     limits = {"max_single_put_size": 1000, "max_block_size": 1000, "max_single_get_size": 1500}
     with ContainerClient.from_container_url(url, max_chunk_get_size=1500, **limits) as box:
@@ -211,55 +211,57 @@ def test_blobs_come_back_as_they_went_in_also_in_blocks(desk: Desk) -> None:
         assert not box.get_blob_client("folder/large.bin").exists()
 
 
-def test_calls_that_the_desk_does_not_know_say_so(desk: Desk) -> None:
-    with pytest.raises(ResourceNotFoundError, match=r"Azure on the desk does not know GET \S+/schedules/nightly"):
-        desk.client.schedules.get("nightly")
+def test_calls_that_the_desk_does_not_know_say_so(emulator: Emulator) -> None:
+    with pytest.raises(
+        ResourceNotFoundError, match=r"the local Azure emulator does not know GET \S+/schedules/nightly"
+    ):
+        emulator.client.schedules.get("nightly")
 
 
-def test_batch_endpoints_are_kept(desk: Desk) -> None:
+def test_batch_endpoints_are_kept(emulator: Emulator) -> None:
     from azure.ai.ml.entities import BatchEndpoint
 
-    desk.client.batch_endpoints.begin_create_or_update(BatchEndpoint(name="nightly")).result()
-    assert [e.name for e in desk.client.batch_endpoints.list()] == ["nightly"]
-    assert desk.client.batch_endpoints.get("nightly").scoring_uri == f"{desk.azure.url}/batch/nightly/jobs"
-    desk.client.batch_endpoints.begin_delete("nightly").result()
-    assert list(desk.client.batch_endpoints.list()) == []
+    emulator.client.batch_endpoints.begin_create_or_update(BatchEndpoint(name="nightly")).result()
+    assert [e.name for e in emulator.client.batch_endpoints.list()] == ["nightly"]
+    assert emulator.client.batch_endpoints.get("nightly").scoring_uri == f"{emulator.azure.url}/batch/nightly/jobs"
+    emulator.client.batch_endpoints.begin_delete("nightly").result()
+    assert list(emulator.client.batch_endpoints.list()) == []
 
 
 # A deployment's life
 
 
-def test_list_get_and_missing_names(desk: Desk, parrot: str) -> None:
-    deployments = desk.client.online_deployments
+def test_list_get_and_missing_names(emulator: Emulator, parrot: str) -> None:
+    deployments = emulator.client.online_deployments
     assert sorted(d.name for d in deployments.list(parrot)) == ["blue", "green"]
     blue = deployments.get("blue", parrot)
     assert (blue.instance_count, blue.provisioning_state) == (1, "Succeeded")
     assert (blue.request_settings.request_timeout_ms, blue.environment_variables["WHO"]) == (60_000, "blue")
-    assert parrot in [e.name for e in desk.client.online_endpoints.list()]
+    assert parrot in [e.name for e in emulator.client.online_endpoints.list()]
     with pytest.raises(ResourceNotFoundError):
-        desk.client.online_endpoints.get("nobody")
+        emulator.client.online_endpoints.get("nobody")
     with pytest.raises(ResourceNotFoundError):
         deployments.get("red", parrot)
 
 
-def test_deployment_with_traffic_is_not_deleted(desk: Desk, parrot: str) -> None:
+def test_deployment_with_traffic_is_not_deleted(emulator: Emulator, parrot: str) -> None:
     with pytest.raises(HttpResponseError, match="has traffic"):
-        desk.client.online_deployments.begin_delete("blue", parrot).result()
-    assert desk.post(parrot, {}).status_code == 200
+        emulator.client.online_deployments.begin_delete("blue", parrot).result()
+    assert emulator.post(parrot, {}).status_code == 200
 
 
 def test_failing_init_fails_the_operation_and_leaves_its_reason_in_the_log(
-    desk: Desk, parrot: str, tmp_path: Path
+    emulator: Emulator, parrot: str, tmp_path: Path
 ) -> None:
     with pytest.raises(HttpResponseError, match=r"ResourceNotReady[\s\S]*the weights are missing"):
-        desk.deploy(parrot, "broken", write_parrot(tmp_path / "parrot"), {"BROKEN": "yes"})
-    assert desk.client.online_deployments.get("broken", parrot).provisioning_state == "Failed"
-    assert "RuntimeError: the weights are missing" in desk.log(parrot, "broken")
-    desk.client.online_deployments.begin_delete("broken", parrot).result()
+        emulator.deploy(parrot, "broken", write_parrot(tmp_path / "parrot"), {"BROKEN": "yes"})
+    assert emulator.client.online_deployments.get("broken", parrot).provisioning_state == "Failed"
+    assert "RuntimeError: the weights are missing" in emulator.log(parrot, "broken")
+    emulator.client.online_deployments.begin_delete("broken", parrot).result()
 
 
 @pytest.mark.slow
-def test_probes_that_never_pass_fail_the_operation(desk: Desk, parrot: str, tmp_path: Path) -> None:
+def test_probes_that_never_pass_fail_the_operation(emulator: Emulator, parrot: str, tmp_path: Path) -> None:
     from azure.ai.ml.entities import ProbeSettings
 
     code = write_parrot(tmp_path / "parrot")
@@ -267,23 +269,23 @@ def test_probes_that_never_pass_fail_the_operation(desk: Desk, parrot: str, tmp_
     (code / "score.py").write_text((code / "score.py").read_text() + slow, encoding="utf-8")
     probe = ProbeSettings(initial_delay=1, period=1, timeout=1, failure_threshold=1)
     with pytest.raises(HttpResponseError, match="its probes failed for"):
-        desk.deploy(parrot, "slow", code, liveness_probe=probe, readiness_probe=probe)
-    desk.client.online_deployments.begin_delete("slow", parrot).result()
+        emulator.deploy(parrot, "slow", code, liveness_probe=probe, readiness_probe=probe)
+    emulator.client.online_deployments.begin_delete("slow", parrot).result()
 
 
 @pytest.mark.slow
 def test_deployment_that_is_deleted_while_it_starts_leaves_nothing_running(
-    desk: Desk, parrot: str, tmp_path: Path
+    emulator: Emulator, parrot: str, tmp_path: Path
 ) -> None:
     code = write_parrot(tmp_path / "parrot")
     (code / "score.py").write_text("def init():\n    import time\n    time.sleep(60)\n", encoding="utf-8")
     with ThreadPoolExecutor() as pool:
-        creation = pool.submit(desk.deploy, parrot, "hasty", code)
-        deployments = desk.azure.online.endpoint(parrot).deployments
+        creation = pool.submit(emulator.deploy, parrot, "hasty", code)
+        deployments = emulator.azure.online.endpoint(parrot).deployments
         eventually(lambda: "hasty" in deployments and deployments["hasty"].starting, "a start")
         [instance] = deployments["hasty"].starting
         eventually(lambda: instance.process, "a process")
-        desk.client.online_deployments.begin_delete("hasty", parrot).result()
+        emulator.client.online_deployments.begin_delete("hasty", parrot).result()
         with pytest.raises(HttpResponseError):
             creation.result()
     assert instance.process is not None
@@ -298,45 +300,47 @@ def test_deployment_that_is_deleted_while_it_starts_leaves_nothing_running(
     ],
 )
 def test_limits_that_the_sdk_does_not_know_are_refused(
-    desk: Desk, parrot: str, options: dict[str, int], message: str
+    emulator: Emulator, parrot: str, options: dict[str, int], message: str
 ) -> None:
     with pytest.raises(HttpResponseError, match=message):
-        desk.deploy(parrot, "large", desk.azure.root / "parrot", **options)
+        emulator.deploy(parrot, "large", emulator.azure.root / "parrot", **options)
 
 
 @pytest.mark.slow
-def test_update_replaces_the_containers_without_losing_a_request(desk: Desk, blue_only: str, tmp_path: Path) -> None:
+def test_update_replaces_the_containers_without_losing_a_request(
+    emulator: Emulator, blue_only: str, tmp_path: Path
+) -> None:
     code = write_parrot(tmp_path / "parrot")
-    desk.shift(blue_only, {"green": 100})
-    with Load(desk, blue_only, {"sleep_s": 0.02}, callers=2) as load:
-        desk.deploy(blue_only, "green", code, {"WHO": "green again"}, instances=2)
+    emulator.shift(blue_only, {"green": 100})
+    with Load(emulator, blue_only, {"sleep_s": 0.02}, callers=2) as load:
+        emulator.deploy(blue_only, "green", code, {"WHO": "green again"}, instances=2)
     assert ({status for status, _ in load.replies}, load.failures) == ({200}, [])
-    assert desk.post(blue_only, {}).json()["who"] == "green again"
-    assert desk.client.online_deployments.get("green", blue_only).instance_count == 2
-    assert len(desk.azure.online.endpoint(blue_only).deployments["green"].instances) == 2
+    assert emulator.post(blue_only, {}).json()["who"] == "green again"
+    assert emulator.client.online_deployments.get("green", blue_only).instance_count == 2
+    assert len(emulator.azure.online.endpoint(blue_only).deployments["green"].instances) == 2
 
 
-def test_killed_container_loses_what_it_was_doing_and_comes_back(desk: Desk, parrot: str) -> None:
-    [instance] = desk.azure.online.endpoint(parrot).deployments["blue"].instances
+def test_killed_container_loses_what_it_was_doing_and_comes_back(emulator: Emulator, parrot: str) -> None:
+    [instance] = emulator.azure.online.endpoint(parrot).deployments["blue"].instances
     assert instance.process is not None
-    pid, key = instance.process.pid, desk.key(parrot)
+    pid, key = instance.process.pid, emulator.key(parrot)
     with ThreadPoolExecutor(4) as pool:
-        in_flight = [pool.submit(desk.post, parrot, {"name": "doomed", "sleep_s": 30}, key=key) for _ in range(2)]
+        in_flight = [pool.submit(emulator.post, parrot, {"name": "doomed", "sleep_s": 30}, key=key) for _ in range(2)]
         eventually(lambda: "\n".join(instance.lines).count("asked doomed") == 2, "two running requests")
         os.killpg(pid, signal.SIGKILL)
         assert [f.result().status_code for f in in_flight] == [424, 424]
-        later = [pool.submit(desk.post, parrot, {}, key=key) for _ in range(4)]
+        later = [pool.submit(emulator.post, parrot, {}, key=key) for _ in range(4)]
         assert [f.result().status_code for f in later] == [200] * 4
     assert instance.process.pid != pid
-    assert "its process ended with status -9" in desk.log(parrot, "blue")
+    assert "its process ended with status -9" in emulator.log(parrot, "blue")
 
 
 @pytest.mark.slow
 def test_application_insights_gets_telemetry_where_the_deployment_asks_for_it(
-    desk: Desk, parrot: str, tmp_path: Path
+    emulator: Emulator, parrot: str, tmp_path: Path
 ) -> None:
-    before = len(desk.azure.telemetry)
-    desk.deploy(parrot, "watched", write_parrot(tmp_path / "parrot"), app_insights_enabled=True)
-    assert desk.post(parrot, {}, deployment="watched").status_code == 200
-    desk.client.online_deployments.begin_delete("watched", parrot).result()  # it sends the rest when it ends
-    assert len(desk.azure.telemetry) > before
+    before = len(emulator.azure.telemetry)
+    emulator.deploy(parrot, "watched", write_parrot(tmp_path / "parrot"), app_insights_enabled=True)
+    assert emulator.post(parrot, {}, deployment="watched").status_code == 200
+    emulator.client.online_deployments.begin_delete("watched", parrot).result()  # it sends the rest when it ends
+    assert len(emulator.azure.telemetry) > before

@@ -1,4 +1,4 @@
-"""A batch job on the embedded model: every format, the online door's answers, order, whole files, flat memory."""
+"""A batch job on the embedded model: every format, the online server's answers, order, whole files, flat memory."""
 
 import json
 import subprocess
@@ -116,7 +116,7 @@ def test_parquet_results_hold_the_same_as_json_lines(tmp_path: Path) -> None:
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_answered_as_the_online_door_answers_them(tmp_path: Path) -> None:
+def test_rows_are_answered_as_the_online_server_answers_them(tmp_path: Path) -> None:
     """Also those whose seed the job made up, for it is in the results."""
     rows: list[Any] = [
         {"prompt": p, "parameters": {"temperature": 0.8, "max_new_tokens": 4 + i}} for i, p in enumerate(PROMPTS * 5)

@@ -1,7 +1,7 @@
-"""The batch door under the parallel driver: processes killed in the middle lose no row and double none.
+"""The batch driver under the parallel driver: processes killed in the middle lose no row and double none.
 
 BATCH_TEST_ROWS rows in all (2,000 without it in the slow test; 100,000 took 20 minutes on two slow cores, half of it
-asking the online door).
+asking the online server).
 """
 
 import json
@@ -21,7 +21,7 @@ from serving import MODEL_DIR, ROOT, eventually
 
 pytestmark = pytest.mark.long
 
-DOOR = ROOT / "score" / "batch_score.py"
+ENTRY_SCRIPT = ROOT / "score" / "batch_score.py"
 
 
 def parallel_job(folder: Path, **options: Any) -> ParallelJob:
@@ -35,7 +35,7 @@ def parallel_job(folder: Path, **options: Any) -> ParallelJob:
         "timeout_s": 600,
         "max_concurrency_per_instance": 2,
     }
-    return ParallelJob(DOOR, folder / "in", folder / "out", folder / "job", **known | options)
+    return ParallelJob(ENTRY_SCRIPT, folder / "in", folder / "out", folder / "job", **known | options)
 
 
 def write_rows(folder: Path, n_files: int, n_rows: int, n_new: int) -> None:
@@ -78,7 +78,7 @@ def check_all_there_once(folder: Path, n_files: int, n_rows: int) -> list[dict[s
 
 
 def check_equal_to_online(folder: Path, found: list[dict[str, Any]], n_rows: int, n_new: int) -> None:
-    """Ask the service that the online door uses for the same prompts with the reported seeds."""
+    """Ask the service that the online server uses for the same prompts with the reported seeds."""
     with job(folder / "in", folder / "unused") as running:
         for at in range(0, len(found), 100):
             part = found[at : at + 100]

@@ -16,7 +16,7 @@ from mptserve.engine.cpu.attention import SlotAttention
 from mptserve.engine.cpu.slot_cache import SlotCache
 from mptserve.engine.cpu.windows import WINDOWED_FROM, first_keys, note_norms
 from mptserve.engine.model import MPT, alibi_slopes
-from mptserve.engine.step import Chunk, Row
+from mptserve.engine.step import Chunk, DecodeRow
 from tiny import tiny_config
 
 STEEP: dict[str, Any] = {"alibi_bias_max": 8}
@@ -119,7 +119,7 @@ def test_decoding_and_prompts_do_not_read_what_cannot_matter() -> None:
     for start, n, plan in ((3968, 20, slots.plan([], [Chunk(seq, 3968, 20)])), (3968, 1, None)):
         seq.n_computed = start
         q, kv = torch.randn(n, 8, 16), torch.randn(n, 2, 8, 16)
-        got = (plan or slots.plan([Row(seq, start)], []))(0, q, kv)
+        got = (plan or slots.plan([DecodeRow(seq, start)], []))(0, q, kv)
         keys, values = torch.cat((past, kv.permute(1, 2, 0, 3)), dim=2).double()
         u = torch.arange(start + n) - torch.arange(start, start + n)[:, None]
         scores = torch.einsum("qhd,hsd->hqs", q.double(), keys) * config.scale + slopes[:, None, None] * u

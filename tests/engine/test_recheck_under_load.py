@@ -1,4 +1,4 @@
-"""Answers given under a mixed load are the answers given alone: of a served door, and of engines to the last bit.
+"""Answers given under a mixed load are the answers given alone: of a served server, and of engines to the last bit.
 
 A sample of what recheck.py and recheck_engine.py look at; as commands they go on for as long as they are told.
 """
@@ -48,7 +48,7 @@ def test_a_reused_prefix_that_lost_a_token_is_found(tmp_path: Path, monkeypatch:
     assert "first other logits at 0" in found.differences[0]
 
 
-def test_answers_of_a_door_under_load_are_those_that_it_gives_alone() -> None:
+def test_answers_of_a_server_under_load_are_those_that_it_gives_alone() -> None:
     found, server = recheck.drive(minutes=0, seed=0, n_clients=6, n_busy=1, environ={})
     assert found.differences == []
     assert found.counts["compared"] > 10

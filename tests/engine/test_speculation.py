@@ -13,7 +13,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from engines import EITHER, Tiny, guess, load_tiny, make_engine, needs_kernels, random_ids, sequence
+from engines import EITHER, Tiny, fix_drafts, load_tiny, make_engine, needs_kernels, random_ids, sequence
 from mptserve.engine import Job, MPTEngine, SamplingParams, Token
 from mptserve.engine.checkpoint.config import parse_config, read_config
 from mptserve.engine.checkpoint.reading import WeightReader
@@ -51,12 +51,12 @@ def ends(engine: MPTEngine, jobs: list[Job]) -> list[tuple[list[Token], str | No
 
 
 def both(tiny: Tiny, jobs: list[Job], **options: Any) -> MPTEngine:
-    """Assert that an engine that guesses gives the same answers as one that does not; return the former, closed."""
-    plain, guessing = make_engine(tiny.model, **options), make_engine(tiny.model, speculate=15, **options)
-    assert ends(guessing, jobs) == ends(plain, jobs)
+    """Assert that an engine that drafts gives the same answers as one that does not; return the former, closed."""
+    plain, drafting = make_engine(tiny.model, **options), make_engine(tiny.model, speculate=15, **options)
+    assert ends(drafting, jobs) == ends(plain, jobs)
     plain.close()
-    guessing.close()
-    return guessing
+    drafting.close()
+    return drafting
 
 
 def test_a_draft_is_what_followed_the_longest_run_of_last_tokens_when_it_came_last() -> None:
@@ -75,7 +75,7 @@ def test_a_draft_is_what_followed_the_longest_run_of_last_tokens_when_it_came_la
     for n_prompt in (1, 2, 3, 50):
         seq, lookup = sequence([rng.randrange(6) for _ in range(n_prompt)], max_new_tokens=500), PromptLookup(15)
         for _ in range(120):
-            lookup.learn(7)  # as many as may be wanted
+            lookup.accepted(7)  # as many as may be wanted
             draft = lookup.draft(seq, 12)
             assert draft == search(seq.prompt + [t.id for t in seq.out], 12)
             found += bool(draft)
@@ -88,7 +88,7 @@ def test_drafts_are_short_until_they_are_right() -> None:
     lengths = []
     for n_accepted in (1, 3, 7, 15, 2, 0, 0):
         lengths.append(len(lookup.draft(seq, 99)))
-        lookup.learn(n_accepted)
+        lookup.accepted(n_accepted)
     assert lengths == [1, 3, 7, 15, 15, 5, 1]
 
 
@@ -151,9 +151,9 @@ def test_the_embedded_model_writes_the_same_text() -> None:
     engine = start_engine(EMBEDDED, read_config(EMBEDDED), tokenizer.get_vocab_size(), options)
     prompt = tokenizer.encode("One apple, two apples, three apples, one apple, two apples, three apples, one").ids
     jobs = [Job(prompt, params(max_new_tokens=48, temperature=t, top_p=0.9)) for t in (0.0, 0.7)]
-    guessed, stats = ends(engine, jobs), engine.stats()
+    drafted, stats = ends(engine, jobs), engine.stats()
     engine.scheduler.speculate_tokens = 0
-    assert ends(engine, jobs) == guessed
+    assert ends(engine, jobs) == drafted
     engine.close()
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
     assert engine.stats().drafted_tokens == stats.drafted_tokens
@@ -168,19 +168,21 @@ def test_plain_attention_over_blocks_gives_the_same_tokens(tiny: Tiny) -> None:
         found.append(ends(engine, jobs))
         engine.close()
     assert engine.stats().accepted_tokens > 0
-    for (plain, _), (guessed, _) in zip(*found, strict=True):
-        assert [t.id for t in guessed] == [t.id for t in plain]
-        pairs = [(a.logprob, b.logprob) for a, b in zip(plain, guessed, strict=True) if a.logprob is not None]
+    for (plain, _), (drafted, _) in zip(*found, strict=True):
+        assert [t.id for t in drafted] == [t.id for t in plain]
+        pairs = [(a.logprob, b.logprob) for a, b in zip(plain, drafted, strict=True) if a.logprob is not None]
         assert all(b == pytest.approx(a, abs=1e-4) for a, b in pairs)
 
 
 @pytest.mark.parametrize("n_right", [0, 1, 4, 15])
-def test_any_number_of_right_guesses_gives_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, n_right: int) -> None:
+def test_any_number_of_accepted_drafts_gives_the_same(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, n_right: int
+) -> None:
     job = Job(random_ids(40, seed=5), params(max_new_tokens=90, temperature=1.0, frequency_penalty=0.5))
     plain = make_engine(tiny.model)
     expected = ends(plain, [job])
     plain.close()
-    guess(monkeypatch, [t.id for t in expected[0][0]], n_right)
+    fix_drafts(monkeypatch, [t.id for t in expected[0][0]], n_right)
     engine = make_engine(tiny.model, speculate=15)
     assert ends(engine, [job]) == expected
     engine.close()
@@ -197,7 +199,7 @@ def test_an_end_token_inside_a_draft_ends(few_words: Tiny, monkeypatch: pytest.M
             plain = make_engine(few_words.model)
             [(out, reason)] = ends(plain, [job])
             plain.close()
-            guess(monkeypatch, [t.id for t in out], 7, then=0)  # wrong guesses of the end before it is allowed, too
+            fix_drafts(monkeypatch, [t.id for t in out], 7, then=0)  # wrong drafts of the end before it is allowed, too
             engine = make_engine(few_words.model, speculate=15)
             seq = engine.submit_all([job])[0].result()
             engine.close()
@@ -211,7 +213,7 @@ def test_a_stop_inside_a_draft_ends_and_is_shown_nothing_more(tiny: Tiny, monkey
     plain = make_engine(tiny.model)
     [(out, _)] = ends(plain, [Job(PROMPT, params())])
     plain.close()
-    guess(monkeypatch, [t.id for t in out], 15)
+    fix_drafts(monkeypatch, [t.id for t in out], 15)
     for n in (1, 2, 5, 16, 17, 18):
         seen: list[int] = []
         engine = make_engine(tiny.model, speculate=15)
@@ -226,14 +228,14 @@ def test_a_stop_inside_a_draft_ends_and_is_shown_nothing_more(tiny: Tiny, monkey
         assert engine.stats().generated_tokens == n
 
 
-def test_nothing_is_guessed_beyond_the_last_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_drafted_beyond_the_last_token(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of exactly the size, and every number of new tokens up to two drafts."""
     for n_new in (1, 2, 3, 15, 16, 17, 32):
         job = Job(random_ids(64 - n_new, seed=4), params(max_new_tokens=n_new))
         plain = make_engine(tiny.model, n_blocks=2)
         [(out, reason)] = ends(plain, [job])
         plain.close()
-        guess(monkeypatch, [t.id for t in out], 15)
+        fix_drafts(monkeypatch, [t.id for t in out], 15)
         engine = make_engine(tiny.model, n_blocks=2, speculate=15)
         assert ends(engine, [job]) == [(out, reason)]
         engine.close()
@@ -253,7 +255,7 @@ class Watch:
         return self._launch(decodes, chunks, drafts)
 
 
-def test_a_second_request_midway_ends_the_guessing_until_it_is_done(
+def test_a_second_request_midway_ends_the_drafting_until_it_is_done(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     long, short = Job(PROMPT, params(max_new_tokens=300, temperature=0.0)), Job(PROMPT[:50], params(temperature=0.8))
@@ -270,8 +272,8 @@ def test_a_second_request_midway_ends_the_guessing_until_it_is_done(
     engine.close()
     assert all(drafts == 0 for decodes, chunks, drafts in watch.steps if (decodes, chunks) != (1, 0))
     together = [i for i, (decodes, _, _) in enumerate(watch.steps) if decodes == 2]
-    guessed = [i for i, (_, _, drafts) in enumerate(watch.steps) if drafts]
-    assert guessed[0] < together[0] < together[-1] < guessed[-1]
+    drafted = [i for i, (_, _, drafts) in enumerate(watch.steps) if drafts]
+    assert drafted[0] < together[0] < together[-1] < drafted[-1]
 
 
 def test_sequences_that_make_room_for_each_other_and_are_then_alone(
@@ -293,10 +295,10 @@ def test_sequences_that_make_room_for_each_other_and_are_then_alone(
 
 
 @pytest.mark.parametrize("paged", [False, True], ids=["slots", "paged"])
-def test_wrong_guesses_leave_nothing_in_the_prefix_cache(
+def test_wrong_drafts_leave_nothing_in_the_prefix_cache(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, paged: bool
 ) -> None:
-    """The guesses go into the block that the prompt's end is in; whoever reuses the prompt must not meet them."""
+    """The drafts go into the block that the prompt's end is in; whoever reuses the prompt must not meet them."""
     prompt = random_ids(75, seed=1)
     plain = make_engine(tiny.model, paged=paged)
     [(out, _)] = ends(plain, [Job(prompt, params())])
@@ -305,7 +307,7 @@ def test_wrong_guesses_leave_nothing_in_the_prefix_cache(
     fresh = make_engine(tiny.model, paged=paged)
     expected = ends(fresh, [Job(longer, params())])
     fresh.close()
-    guess(monkeypatch, [t.id for t in out], 2)
+    fix_drafts(monkeypatch, [t.id for t in out], 2)
     engine = make_engine(tiny.model, paged=paged, speculate=15)
     assert [t.id for t in ends(engine, [Job(prompt, params())])[0][0]] == [t.id for t in out]
     engine.scheduler.speculate_tokens = 0
@@ -314,8 +316,8 @@ def test_wrong_guesses_leave_nothing_in_the_prefix_cache(
     engine.close()
 
 
-def test_a_guess_that_the_model_cannot_compute_harms_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token 7's embedding overflows: a wrong guess of it must neither fail the sequence nor stay in its cache."""
+def test_a_draft_that_the_model_cannot_compute_harms_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token 7's embedding overflows: a wrong draft of it must neither fail the sequence nor stay in its cache."""
     tiny = load_tiny(tmp_path, tiny_config())
     with torch.inference_mode():
         tiny.model.wte[7] = torch.inf
@@ -326,7 +328,7 @@ def test_a_guess_that_the_model_cannot_compute_harms_nobody(tmp_path: Path, monk
         expected = ends(engine, [job])
         engine.close()
         with monkeypatch.context() as patch:
-            guess(patch, [t.id for t in expected[0][0]], 3, then=7)
+            fix_drafts(patch, [t.id for t in expected[0][0]], 3, then=7)
             engine = make_engine(tiny.model, paged=paged, speculate=15)
             [(out, reason)] = ends(engine, [job])
             engine.close()
@@ -354,7 +356,7 @@ def test_a_failing_step_with_drafts_is_done_again_without(tiny: Tiny, monkeypatc
     assert (engine.stats().drafted_tokens, engine.failure) == (0, None)
 
 
-def test_cancelling_and_deadlines_end_a_guessing_sequence(tiny: Tiny) -> None:
+def test_cancelling_and_deadlines_end_a_drafting_sequence(tiny: Tiny) -> None:
     engine = make_engine(tiny.model, speculate=3)
     job = params(max_new_tokens=400, temperature=0.0)
     generation = engine.submit(PROMPT, job)

@@ -1,4 +1,4 @@
-"""MPT_MAX_SEQ_LEN alone takes a checkpoint beyond its own context, at every door; beyond the setting, counts are said.
+"""MPT_MAX_SEQ_LEN alone takes a checkpoint beyond its own context, on every server; beyond the setting, it is refused.
 
 The embedded model was trained for 2,048 tokens; MPT-7B-8k-chat at 16,384 and StoryWriter at 84k are the same setting.
 """
@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from batches import job, results, write
-from doors import Door
+from openai_process import OpenAIServer
 from serving import MODEL_DIR, get, post, request
 
 pytestmark = pytest.mark.long
@@ -50,14 +50,16 @@ def test_batch_takes_rows_beyond_the_checkpoints_context_by_the_setting_alone(tm
 
 
 @pytest.fixture(scope="module")
-def long_door() -> Iterator[Door]:
-    with Door(SETTING) as running:
+def long_context_server() -> Iterator[OpenAIServer]:
+    with OpenAIServer(SETTING) as running:
         yield running
 
 
 @pytest.mark.long
-def test_score_and_v1_take_prompts_beyond_the_checkpoints_context_by_the_setting_alone(long_door: Door) -> None:
-    port = long_door.port
+def test_score_and_v1_take_prompts_beyond_the_checkpoints_context_by_the_setting_alone(
+    long_context_server: OpenAIServer,
+) -> None:
+    port = long_context_server.port
     scored = post(port, request(STORY, max_new_tokens=8, **GREEDY))
     body = {"model": "m", "prompt": STORY, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     completed = post(port, body, path="/v1/completions")
@@ -69,8 +71,8 @@ def test_score_and_v1_take_prompts_beyond_the_checkpoints_context_by_the_setting
 
 
 @pytest.mark.long
-def test_score_and_v1_say_the_counts_beyond_the_setting(long_door: Door) -> None:
-    port = long_door.port
+def test_score_and_v1_say_the_counts_beyond_the_setting(long_context_server: OpenAIServer) -> None:
+    port = long_context_server.port
     whole = post(port, request(STORY, max_new_tokens=ROOM + 1))
     body = {"model": "m", "prompt": STORY, "max_tokens": ROOM + 1}
     completed = post(port, body, path="/v1/completions")

@@ -23,7 +23,7 @@ from serving import (
     post,
     reply,
     request,
-    write_door,
+    write_entry_script,
 )
 
 pytestmark = pytest.mark.long
@@ -91,7 +91,7 @@ def break_engine():
 @pytest.fixture(scope="module")
 def breakable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoggedServer]:
     """A server whose engine fails for good on POST /break; it waits a second, not a minute, for silent clients."""
-    with LoggedServer(score_dir=write_door(tmp_path_factory.mktemp("breakable"), BREAKABLE)) as running:
+    with LoggedServer(score_dir=write_entry_script(tmp_path_factory.mktemp("breakable"), BREAKABLE)) as running:
         running.wait_until_healthy()
         yield running
 

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from batches import job, results, write
-from doors import Door
+from openai_process import OpenAIServer
 from serving import eventually, metrics, post, request
 
 pytestmark = pytest.mark.long
@@ -19,13 +19,13 @@ SAMPLED = {"temperature": 0.8, "top_p": 0.9, "seed": 7}
 
 
 @pytest.fixture(scope="module")
-def client(door: Door) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{door.url}/v1", api_key="any", max_retries=0) as found:
+def client(openai_server: OpenAIServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{openai_server.url}/v1", api_key="any", max_retries=0) as found:
         yield found
 
 
-def scored(door: Door, prompt: Any, **parameters: Any) -> Any:
-    reply = post(door.port, {"input_data": {"input_string": prompt, "parameters": parameters}})
+def scored(openai_server: OpenAIServer, prompt: Any, **parameters: Any) -> Any:
+    reply = post(openai_server.port, {"input_data": {"input_string": prompt, "parameters": parameters}})
     assert reply.status == 200, reply
     return reply.json
 
@@ -43,10 +43,10 @@ def test_a_completion_says_what_it_cost_and_why_it_ended(client):
     assert client.completions.create(model="m", prompt=STORY, **SAMPLED).usage.completion_tokens == 16
 
 
-def test_every_door_gives_the_same_text_for_the_same_seed(client, door, service, tmp_path):
+def test_every_door_gives_the_same_text_for_the_same_seed(client, openai_server, service, tmp_path):
     v1 = client.completions.create(model="m", prompt=STORY, max_tokens=40, **SAMPLED).choices[0].text
     body = request(STORY, max_new_tokens=40, return_full_text=False, **SAMPLED)
-    assert post(door.port, body).json == [{"0": v1}]
+    assert post(openai_server.port, body).json == [{"0": v1}]
     assert json.loads(service.generate(json.dumps(body).encode(), "id").body) == [{"0": v1}]
 
     row = {"prompt": STORY, "parameters": body["input_data"]["parameters"]}
@@ -57,9 +57,9 @@ def test_every_door_gives_the_same_text_for_the_same_seed(client, door, service,
     messages = [{"role": "user", "content": "Hi, I'd like a latte."}]
     chat = client.chat.completions.create(model="m", messages=messages, max_tokens=40, **SAMPLED)
     text = chat.choices[0].message.content
-    assert scored(door, messages, max_new_tokens=40, **SAMPLED) == {"output": text}
+    assert scored(openai_server, messages, max_new_tokens=40, **SAMPLED) == {"output": text}
     plain = "Customer: Hi, I'd like a latte.\nBarista:"
-    raw = scored(door, plain, max_new_tokens=40, stop=["\nCustomer:"], return_full_text=False, **SAMPLED)
+    raw = scored(openai_server, plain, max_new_tokens=40, stop=["\nCustomer:"], return_full_text=False, **SAMPLED)
     assert raw[0]["0"].lstrip() == text
 
 
@@ -89,22 +89,22 @@ def test_several_prompts_answers_and_ids_come_in_order(client):
     assert [c.text for c in found.choices[2:]] == [c.text for c in alone.choices]
 
 
-def test_a_prompt_may_be_token_ids(client, door):
-    ids = post(door.port, {"prompt": STORY}, path="/tokenize").json
+def test_a_prompt_may_be_token_ids(client, openai_server):
+    ids = post(openai_server.port, {"prompt": STORY}, path="/tokenize").json
     assert (ids["count"], ids["max_model_len"]) == (len(ids["tokens"]), 2048)
-    assert post(door.port, {"tokens": ids["tokens"]}, path="/detokenize").json == {"prompt": STORY}
+    assert post(openai_server.port, {"tokens": ids["tokens"]}, path="/detokenize").json == {"prompt": STORY}
     of_text = client.completions.create(model="m", prompt=STORY, max_tokens=8, seed=1).choices[0].text
     for prompt in (ids["tokens"], [ids["tokens"]]):
         assert client.completions.create(model="m", prompt=prompt, max_tokens=8, seed=1).choices[0].text == of_text
     with pytest.raises(openai.BadRequestError, match="has the token id 9999; the largest is 8191"):
         client.completions.create(model="m", prompt=[1, 9999])
-    refused = post(door.port, {"tokens": [1, 9999]}, path="/detokenize")
+    refused = post(openai_server.port, {"tokens": [1, 9999]}, path="/detokenize")
     assert (refused.status, refused.json["error"]["param"]) == (400, "tokens")
-    assert post(door.port, {"tokens": []}, path="/detokenize").json == {"prompt": ""}
+    assert post(openai_server.port, {"tokens": []}, path="/detokenize").json == {"prompt": ""}
 
 
-def test_our_name_of_a_parameter_of_openais_is_refused_with_theirs(door):
-    refused = post(door.port, {"prompt": STORY, "max_new_tokens": 5}, path="/v1/completions")
+def test_our_name_of_a_parameter_of_openais_is_refused_with_theirs(openai_server):
+    refused = post(openai_server.port, {"prompt": STORY, "max_new_tokens": 5}, path="/v1/completions")
     assert refused.json["error"]["message"] == "`max_new_tokens` is not known; did you mean `max_tokens`?"
 
 
@@ -122,10 +122,10 @@ def test_stop_strings_end_an_answer_and_are_not_in_it(client):
     assert (cut.text, cut.finish_reason, cut.stop_reason) == (free[: free.index(stop)], "stop", "stop")
 
 
-def test_log_probabilities_are_those_of_score(client, door):
+def test_log_probabilities_are_those_of_score(client, openai_server):
     theirs = client.completions.create(model="m", prompt=STORY, max_tokens=6, logprobs=3, **SAMPLED).choices[0].logprobs
     parameters = {"max_new_tokens": 6, "logprobs": 3, "details": True} | SAMPLED
-    ours = scored(door, STORY, **parameters)[0]["details"]["0"]["logprobs"]
+    ours = scored(openai_server, STORY, **parameters)[0]["details"]["0"]["logprobs"]
     assert theirs.tokens == [t["token"] for t in ours]
     assert theirs.token_logprobs == [t["logprob"] for t in ours]
     assert theirs.text_offset == [sum(len(t) for t in theirs.tokens[:i]) for i in range(6)]
@@ -133,12 +133,12 @@ def test_log_probabilities_are_those_of_score(client, door):
         assert {own["token"]: own["logprob"]} | {t["token"]: t["logprob"] for t in own["top"]} == found
 
 
-def test_a_logit_bias_forces_and_forbids(client, door):
-    (king,) = post(door.port, {"prompt": " king"}, path="/tokenize").json["tokens"]
+def test_a_logit_bias_forces_and_forbids(client, openai_server):
+    (king,) = post(openai_server.port, {"prompt": " king"}, path="/tokenize").json["tokens"]
     asked = {"model": "m", "prompt": "The", "max_tokens": 5, "temperature": 0}
     assert client.completions.create(**asked, logit_bias={str(king): 100}).choices[0].text == " king" * 5
     free = client.completions.create(**asked, logprobs=0).choices[0]
-    (first,) = post(door.port, {"prompt": free.logprobs.tokens[0]}, path="/tokenize").json["tokens"]
+    (first,) = post(openai_server.port, {"prompt": free.logprobs.tokens[0]}, path="/tokenize").json["tokens"]
     without = client.completions.create(**asked, logit_bias={str(first): -100}).choices[0].text
     assert not without.startswith(free.logprobs.tokens[0])
 
@@ -170,9 +170,11 @@ def test_the_answer_ends_where_the_other_side_would_speak(client):
     assert "Customer:" not in found.choices[0].message.content
 
 
-def test_a_request_may_choose_its_template(client, door):
+def test_a_request_may_choose_its_template(client, openai_server):
     def ids(**more):
-        return post(door.port, {"messages": [{"role": "user", "content": "x"}]} | more, path="/tokenize").json["tokens"]
+        return post(openai_server.port, {"messages": [{"role": "user", "content": "x"}]} | more, path="/tokenize").json[
+            "tokens"
+        ]
 
     for template in ("chatml", "dolly", "human-bot", "own"):
         found = client.chat.completions.create(
@@ -305,37 +307,37 @@ CHAT = {"messages": [{"role": "user", "content": "x"}]}
         ),
     ],
 )
-def test_what_is_wrong_is_named_and_never_repeated(door, path, body, message, param, code):
-    reply = post(door.port, body, path=f"/v1/{path}")
+def test_what_is_wrong_is_named_and_never_repeated(openai_server, path, body, message, param, code):
+    reply = post(openai_server.port, body, path=f"/v1/{path}")
     error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
     assert (reply.status, reply.json) == (400, {"error": error})
     assert "secret" not in reply.body.decode()
 
 
-def test_a_client_that_times_out_stops_its_generation(door):
-    with openai.OpenAI(base_url=f"{door.url}/v1", api_key="x", max_retries=0, timeout=0.5) as hurried:
-        before = metrics(door.port).get("mpt_sequences_total{reason=cancelled}", 0)
+def test_a_client_that_times_out_stops_its_generation(openai_server):
+    with openai.OpenAI(base_url=f"{openai_server.url}/v1", api_key="x", max_retries=0, timeout=0.5) as hurried:
+        before = metrics(openai_server.port).get("mpt_sequences_total{reason=cancelled}", 0)
         with pytest.raises(openai.APITimeoutError):
             hurried.completions.create(model="m", prompt=STORY, max_tokens=2000, n=4, extra_body={"ignore_eos": True})
     gone = "mpt_sequences_total{reason=cancelled}"
-    eventually(lambda: metrics(door.port).get(gone, 0) == before + 4, "four cancelled sequences")
-    assert metrics(door.port)["mpt_running"] == 0
+    eventually(lambda: metrics(openai_server.port).get(gone, 0) == before + 4, "four cancelled sequences")
+    assert metrics(openai_server.port)["mpt_running"] == 0
 
 
-def test_a_stream_that_is_closed_stops_its_generation(client, door):
+def test_a_stream_that_is_closed_stops_its_generation(client, openai_server):
     gone = "mpt_sequences_total{reason=cancelled}"
-    before = metrics(door.port).get(gone, 0)
+    before = metrics(openai_server.port).get(gone, 0)
     stream = client.completions.create(
         model="m", prompt=STORY, max_tokens=2000, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()
-    eventually(lambda: metrics(door.port).get(gone, 0) == before + 1, "a cancelled sequence")
+    eventually(lambda: metrics(openai_server.port).get(gone, 0) == before + 1, "a cancelled sequence")
 
 
-def test_asynchronous_clients_share_the_engine(door):
+def test_asynchronous_clients_share_the_engine(openai_server):
     async def ask() -> list[str]:
-        async with openai.AsyncOpenAI(base_url=f"{door.url}/v1", api_key="x") as client:
+        async with openai.AsyncOpenAI(base_url=f"{openai_server.url}/v1", api_key="x") as client:
             asked = [
                 client.completions.create(model="m", prompt=STORY, max_tokens=16, temperature=0) for _ in range(12)
             ]
@@ -346,7 +348,7 @@ def test_asynchronous_clients_share_the_engine(door):
 
 @pytest.mark.slow
 def test_a_busy_server_says_when_to_come_back():
-    with Door({"MPT_QUEUE_LIMIT": "1", "MPT_MAX_ROWS": "1"}) as busy:
+    with OpenAIServer({"MPT_QUEUE_LIMIT": "1", "MPT_MAX_ROWS": "1"}) as busy:
         long = {"prompt": STORY, "max_tokens": 1500, "n": 4, "ignore_eos": True, "stream": True}
         with openai.OpenAI(base_url=f"{busy.url}/v1", api_key="x", max_retries=0) as client:
             extra = {"ignore_eos": True}
@@ -363,7 +365,7 @@ def test_a_busy_server_says_when_to_come_back():
 # LangChain -----------------------------------------------------------------------------------------------------------
 
 
-def test_langchains_chat_model_answers_with_any_key_and_the_library_chosen_model_name(door, monkeypatch):
+def test_langchains_chat_model_answers_with_any_key_and_the_library_chosen_model_name(openai_server, monkeypatch):
     """What an on-premise service of this model told its users to type, with today's imports."""
     from langchain_core.messages import HumanMessage
     from langchain_core.output_parsers import StrOutputParser
@@ -371,7 +373,7 @@ def test_langchains_chat_model_answers_with_any_key_and_the_library_chosen_model
     from langchain_openai import ChatOpenAI
 
     monkeypatch.setenv("OPENAI_API_KEY", "random-string")
-    chat = ChatOpenAI(openai_api_base=f"{door.url}/v1", max_tokens=128)
+    chat = ChatOpenAI(openai_api_base=f"{openai_server.url}/v1", max_tokens=128)
     answer = chat.invoke([HumanMessage(content="Why do I need to run machine learning models on-premise?")])
     assert answer.content
     assert answer.response_metadata["model_name"] == "mpt-8m"
@@ -383,10 +385,10 @@ def test_langchains_chat_model_answers_with_any_key_and_the_library_chosen_model
     assert "".join(chain.stream({"user_message": "What is a harbour?"}))
 
 
-def test_langchains_completion_model_answers(door):
+def test_langchains_completion_model_answers(openai_server):
     from langchain_openai import OpenAI
 
-    llm = OpenAI(base_url=f"{door.url}/v1", api_key="x", model="mpt-8m", max_tokens=20, temperature=0)
+    llm = OpenAI(base_url=f"{openai_server.url}/v1", api_key="x", model="mpt-8m", max_tokens=20, temperature=0)
     whole = llm.invoke(STORY)
     assert len(whole) > 10
     assert "".join(llm.stream(STORY)) == whole
@@ -394,7 +396,7 @@ def test_langchains_completion_model_answers(door):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_langchains_azure_ml_classes_read_score(door):
+def test_langchains_azure_ml_classes_read_score(openai_server):
     from langchain_community.chat_models.azureml_endpoint import (
         AzureMLChatOnlineEndpoint,
         CustomOpenAIChatContentFormatter,
@@ -407,15 +409,15 @@ def test_langchains_azure_ml_classes_read_score(door):
     from langchain_core.messages import HumanMessage, SystemMessage
 
     options: dict[str, Any] = {
-        "endpoint_url": f"{door.url}/score",
+        "endpoint_url": f"{openai_server.url}/score",
         "endpoint_api_type": "dedicated",
         "endpoint_api_key": "any",
         "model_kwargs": {"max_new_tokens": 12, "temperature": 0.5, "seed": 3},
     }
     for formatter in (CustomOpenAIContentFormatter(), GPT2ContentFormatter()):
         found = AzureMLOnlineEndpoint(content_formatter=formatter, **options).invoke(STORY)
-        assert found == scored(door, f'"{STORY}"', **options["model_kwargs"])[0]["0"]
+        assert found == scored(openai_server, f'"{STORY}"', **options["model_kwargs"])[0]["0"]
     chat = AzureMLChatOnlineEndpoint(content_formatter=CustomOpenAIChatContentFormatter(), **options)
     answer = chat.invoke([SystemMessage(content="Be kind."), HumanMessage(content="Hi!")])
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi!"}]
-    assert answer.content == scored(door, messages, **options["model_kwargs"])["output"].strip()
+    assert answer.content == scored(openai_server, messages, **options["model_kwargs"])["output"].strip()

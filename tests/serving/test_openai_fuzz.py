@@ -1,4 +1,4 @@
-"""Requests made up from the door's own OpenAPI description: whatever comes, the server answers and never fails."""
+"""Requests made up from the server's own OpenAPI description: whatever comes, the server answers and never fails."""
 
 import json
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from doors import Door
+from openai_process import OpenAIServer
 from serving import get, post
 
 pytestmark = pytest.mark.long
@@ -17,15 +17,15 @@ schemathesis = pytest.importorskip("schemathesis")
 
 
 @pytest.fixture(scope="module")
-def door() -> Iterator[Door]:
+def openai_server() -> Iterator[OpenAIServer]:
     """One that is quickly done with anything."""
-    with Door({"MPT_MAX_NEW_TOKENS": "4", "MPT_MAX_SEQUENCES": "2", "MPT_MAX_SEQ_LEN": "256"}) as running:
+    with OpenAIServer({"MPT_MAX_NEW_TOKENS": "4", "MPT_MAX_SEQUENCES": "2", "MPT_MAX_SEQ_LEN": "256"}) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def described(door) -> Any:
-    return schemathesis.openapi.from_url(f"{door.url}/openapi.json")
+def described(openai_server) -> Any:
+    return schemathesis.openapi.from_url(f"{openai_server.url}/openapi.json")
 
 
 QUIET = [HealthCheck.filter_too_much, HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
@@ -92,7 +92,7 @@ PIECES = st.recursive(
         max_size=3,
     ),
 )
-def test_any_json_at_all_is_answered(door, path, body):
-    reply = post(door.port, {"max_tokens": 1} | body, path=path)
+def test_any_json_at_all_is_answered(openai_server, path, body):
+    reply = post(openai_server.port, {"max_tokens": 1} | body, path=path)
     assert reply.status in (200, 400), (reply.status, json.dumps(body))
-    assert get(door.port, "/health/ready").status == 200
+    assert get(openai_server.port, "/health/ready").status == 200

@@ -1,4 +1,4 @@
-"""The container door's edge: keys, odd requests, slow and silent peers, many streams, its end."""
+"""The OpenAI server's edge: keys, odd requests, slow and silent peers, many streams, its end."""
 
 import asyncio
 import json
@@ -13,11 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from doors import Door
 from mptserve.errors import BadSetting
 from mptserve.openai_server import middleware as http_edge
 from mptserve.openai_server import uvicorn_server as uvicorn_host
 from mptserve.openai_server.keys import ApiKeys, Unauthorized
+from openai_process import OpenAIServer
 from serving import PATIENCE_S, Stream, eventually, get, metrics, post, request
 
 pytestmark = pytest.mark.long
@@ -36,8 +36,8 @@ def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def locked(key_file: Path) -> Iterator[Door]:
-    with Door({"MPT_API_KEYS_FILE": str(key_file)}) as running:
+def locked(key_file: Path) -> Iterator[OpenAIServer]:
+    with OpenAIServer({"MPT_API_KEYS_FILE": str(key_file)}) as running:
         yield running
 
 
@@ -95,34 +95,34 @@ def test_a_file_without_keys_stops_the_start(tmp_path):
 # Requests ------------------------------------------------------------------------------------------------------------
 
 
-def test_score_behaves_as_on_azures_own_server(door):
+def test_score_behaves_as_on_azures_own_server(openai_server):
     body = request(STORY, max_new_tokens=8, seed=1)
-    reply = post(door.port, body, {"x-request-id": "mine"})
+    reply = post(openai_server.port, body, {"x-request-id": "mine"})
     assert (reply.status, reply.headers["x-request-id"], reply.headers["x-mpt-finish-reason"]) == (
         200,
         "mine",
         "length",
     )
-    refused = post(door.port, request(STORY, tempratur=1), {"x-request-id": "mine"})
+    refused = post(openai_server.port, request(STORY, tempratur=1), {"x-request-id": "mine"})
     assert (refused.status, refused.json["error"]["field"]) == (400, "/input_data/parameters/tempratur")
     assert refused.json["error"]["request_id"] == "mine"
-    with Stream(door.port, request(STORY, max_new_tokens=8, seed=1, stream=True)) as stream:
+    with Stream(openai_server.port, request(STORY, max_new_tokens=8, seed=1, stream=True)) as stream:
         events = list(stream.events)
     assert (stream.headers["x-accel-buffering"], events[-1].name) == ("no", "done")
     assert "".join(e.data["text"] for e in events[:-1]) == reply.json[0]["0"]
 
 
-def test_messages_to_score_are_answered_as_azures_chat_task_does(door):
+def test_messages_to_score_are_answered_as_azures_chat_task_does(openai_server):
     messages = [{"role": "user", "content": "Hi, I'd like a latte."}]
     body = {"input_data": {"input_string": messages, "parameters": {"seed": 1, "max_new_tokens": 20}}}
-    found = post(door.port, body).json
+    found = post(openai_server.port, body).json
     assert list(found) == ["output"]
     body["input_data"]["parameters"] |= {"num_return_sequences": 2, "details": True}
-    several = post(door.port, body).json
+    several = post(openai_server.port, body).json
     assert several["output"][0] == found["output"]
     assert set(several["details"]) == {"0", "1"}
     body["input_data"]["parameters"] |= {"stream": True}
-    with Stream(door.port, body) as stream:
+    with Stream(openai_server.port, body) as stream:
         texts = [e.data["text"] for e in stream.events if e.name == "text" and e.data["sequence"] == 0]
     assert "".join(texts) == found["output"]
 
@@ -137,33 +137,33 @@ def test_messages_to_score_are_answered_as_azures_chat_task_does(door):
         ([{"role": "user", "content": "x"}, "y"], "wrong_type", "/1", "must be an object, got a string of 1 character"),
     ],
 )
-def test_messages_that_are_none_are_named(door, messages, code, field, message):
-    error = post(door.port, {"input_data": {"input_string": messages}}).json["error"]
+def test_messages_that_are_none_are_named(openai_server, messages, code, field, message):
+    error = post(openai_server.port, {"input_data": {"input_string": messages}}).json["error"]
     assert (error["code"], error["field"]) == (code, f"/input_data/input_string{field}")
     assert message in error["message"]
 
 
-def test_bodies_are_bounded_and_their_kind_is_not_asked(door):
+def test_bodies_are_bounded_and_their_kind_is_not_asked(openai_server):
     body = json.dumps({"prompt": STORY, "max_tokens": 1})
     form = {"Content-Type": "application/x-www-form-urlencoded"}
-    assert post(door.port, body.encode(), form, "/v1/completions").status == 200
-    reply = post(door.port, b"x" * 16_000_001, path="/v1/completions")
+    assert post(openai_server.port, body.encode(), form, "/v1/completions").status == 200
+    reply = post(openai_server.port, b"x" * 16_000_001, path="/v1/completions")
     assert (reply.status, reply.json["error"]["code"]) == (413, "body_too_large")
     for broken in (b"", b"{", b"[]", b"\xff", b'{"prompt": NaN}', b"[" * 100_000, b'{"n": 1' + b"0" * 5000 + b"}"):
-        reply = post(door.port, broken, path="/v1/completions")
+        reply = post(openai_server.port, broken, path="/v1/completions")
         assert (reply.status, reply.json["error"]["type"]) == (400, "invalid_request_error")
 
 
-def test_unknown_routes_and_methods_are_refused_in_openais_shape(door):
-    assert get(door.port, "/v2").json == {
+def test_unknown_routes_and_methods_are_refused_in_openais_shape(openai_server):
+    assert get(openai_server.port, "/v2").json == {
         "error": {"message": "GET: Not Found", "type": "not_found_error", "param": None, "code": "not_found"}
     }
-    reply = get(door.port, "/v1/completions")
+    reply = get(openai_server.port, "/v1/completions")
     assert (reply.status, reply.json["error"]["code"]) == (405, "method_not_allowed")
 
 
-def test_the_page_may_load_nothing_from_elsewhere(door):
-    page = get(door.port, "/")
+def test_the_page_may_load_nothing_from_elsewhere(openai_server):
+    page = get(openai_server.port, "/")
     assert page.headers["content-type"].startswith("text/html")
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -173,10 +173,10 @@ def test_the_page_may_load_nothing_from_elsewhere(door):
 
 
 def test_a_model_that_is_not_there_ends_the_process_with_the_reason(tmp_path):
-    door = Door(model_dir=tmp_path)
-    assert door.process.wait(PATIENCE_S) == 70
-    door.stop()
-    assert "no MPT checkpoint" in "".join(door.output)
+    openai_server = OpenAIServer(model_dir=tmp_path)
+    assert openai_server.process.wait(PATIENCE_S) == 70
+    openai_server.stop()
+    assert "no MPT checkpoint" in "".join(openai_server.output)
 
 
 # Peers ---------------------------------------------------------------------------------------------------------------
@@ -188,17 +188,17 @@ def raw(port: int, data: bytes) -> socket.socket:
     return sock
 
 
-def test_oversized_headers_are_refused(door):
+def test_oversized_headers_are_refused(openai_server):
     begun = b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 100_000
-    with raw(door.port, begun + b"\r\n\r\n") as sock:
+    with raw(openai_server.port, begun + b"\r\n\r\n") as sock:
         assert sock.recv(100).startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))  # whole, or in pieces
-    with raw(door.port, begun) as sock:
+    with raw(openai_server.port, begun) as sock:
         assert sock.recv(100).startswith(b"HTTP/1.1 400")
-    assert get(door.port, "/health/ready").status == 200
+    assert get(openai_server.port, "/health/ready").status == 200
 
 
 class Impatient:
-    """The door's application in this process, on a server that waits a second for silent peers."""
+    """The server's application in this process, on a server that waits a second for silent peers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         async def app(scope, receive, send):
@@ -245,16 +245,16 @@ def test_half_open_connections_are_given_up(monkeypatch):
         assert b"incomplete_body" in answer
 
 
-def test_slow_readers_and_aborted_streams_are_nobody_elses_trouble(door):
+def test_slow_readers_and_aborted_streams_are_nobody_elses_trouble(openai_server):
     """64 that read nothing, half of which then hang up without a word; another caller is served as ever."""
     body = json.dumps({"prompt": STORY, "max_tokens": 20, "stream": True, "ignore_eos": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    slow = [raw(door.port, head + body) for _ in range(64)]
+    slow = [raw(openai_server.port, head + body) for _ in range(64)]
     try:
         for sock in slow[::2]:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # a reset, not a goodbye
             sock.close()
-        reply = post(door.port, {"prompt": STORY, "max_tokens": 4}, path="/v1/completions")
+        reply = post(openai_server.port, {"prompt": STORY, "max_tokens": 4}, path="/v1/completions")
         assert reply.status == 200
         for sock in slow[1::2]:
             data = b""
@@ -265,15 +265,17 @@ def test_slow_readers_and_aborted_streams_are_nobody_elses_trouble(door):
     finally:
         for sock in slow:
             sock.close()
-    eventually(lambda: metrics(door.port)["mpt_running"] + metrics(door.port)["mpt_waiting"] == 0, "idle")
+    eventually(
+        lambda: metrics(openai_server.port)["mpt_running"] + metrics(openai_server.port)["mpt_waiting"] == 0, "idle"
+    )
 
 
 @pytest.mark.slow
-def test_200_streams_at_once_are_all_whole_and_right(door):
+def test_200_streams_at_once_are_all_whole_and_right(openai_server):
     alone = {}
     for seed in range(4):
         body = {"prompt": STORY, "max_tokens": 8, "seed": seed, "temperature": 0.8}
-        alone[seed] = post(door.port, body, path="/v1/completions").json["choices"][0]["text"]
+        alone[seed] = post(openai_server.port, body, path="/v1/completions").json["choices"][0]["text"]
 
     async def stream(client: httpx.AsyncClient, seed: int) -> str:
         body = {"prompt": STORY, "max_tokens": 8, "seed": seed, "temperature": 0.8, "stream": True}
@@ -286,29 +288,31 @@ def test_200_streams_at_once_are_all_whole_and_right(door):
 
     async def all_of_them() -> list[str]:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=door.url, timeout=PATIENCE_S, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=openai_server.url, timeout=PATIENCE_S, limits=limits) as client:
             return await asyncio.gather(*(stream(client, n % 4) for n in range(200)))
 
-    threads = len(os.listdir(f"/proc/{door.process.pid}/task"))
+    threads = len(os.listdir(f"/proc/{openai_server.process.pid}/task"))
     found = asyncio.run(all_of_them())
     assert found == [alone[n % 4] for n in range(200)]
-    assert len(os.listdir(f"/proc/{door.process.pid}/task")) < threads + 50  # the pool that reads prompts, no more
+    assert (
+        len(os.listdir(f"/proc/{openai_server.process.pid}/task")) < threads + 50
+    )  # the pool that reads prompts, no more
 
 
 def test_sigterm_lets_running_answers_finish_and_lets_nobody_in():
-    with Door() as door:
+    with OpenAIServer() as openai_server:
         body = {"prompt": STORY, "max_tokens": 100, "stream": True, "ignore_eos": True}
         with (
             httpx.Client(timeout=PATIENCE_S) as client,
-            client.stream("POST", f"{door.url}/v1/completions", json=body) as r,
+            client.stream("POST", f"{openai_server.url}/v1/completions", json=body) as r,
         ):
             lines = r.iter_lines()
             next(lines)
-            door.process.send_signal(signal.SIGTERM)
+            openai_server.process.send_signal(signal.SIGTERM)
 
             def refused() -> bool:
                 try:
-                    socket.create_connection(("127.0.0.1", door.port), timeout=1).close()
+                    socket.create_connection(("127.0.0.1", openai_server.port), timeout=1).close()
                 except OSError:
                     return True
                 return False
@@ -316,20 +320,20 @@ def test_sigterm_lets_running_answers_finish_and_lets_nobody_in():
             eventually(refused, "refusal of new connections")
             assert [line for line in lines if line][-1] == "data: [DONE]"
         started = time.monotonic()
-        assert door.process.wait(PATIENCE_S) in (0, -signal.SIGTERM)
+        assert openai_server.process.wait(PATIENCE_S) in (0, -signal.SIGTERM)
         assert time.monotonic() - started < 20
 
 
-def test_the_log_has_numbers_and_no_text(door):
+def test_the_log_has_numbers_and_no_text(openai_server):
     prompt = "A prompt nobody should ever read in a log"
-    post(door.port, {"prompt": prompt, "max_tokens": 4}, {"x-request-id": "logged-one"}, "/v1/completions")
-    post(door.port, {"prompt": prompt, "unknown": prompt}, {"x-request-id": "logged-two"}, "/v1/completions")
+    post(openai_server.port, {"prompt": prompt, "max_tokens": 4}, {"x-request-id": "logged-one"}, "/v1/completions")
+    post(openai_server.port, {"prompt": prompt, "unknown": prompt}, {"x-request-id": "logged-two"}, "/v1/completions")
 
     def lines() -> list[str]:
-        return [line for line in door.output if "logged-" in line]
+        return [line for line in openai_server.output if "logged-" in line]
 
     eventually(lambda: len(lines()) == 2, "two records")
     first, second = (json.loads(line) for line in lines())
     assert (first["status"], first["generated_tokens"]) == (200, 4)
     assert (second["status"], second["code"]) == (400, "unknown_parameter")
-    assert "nobody should" not in "".join(door.output)
+    assert "nobody should" not in "".join(openai_server.output)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from doors import Door
+from openai_process import OpenAIServer
 from serving import PATIENCE_S
 
 selenium = pytest.importorskip("selenium.webdriver")
@@ -78,9 +78,9 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def page(browser: Any, door: Door) -> Iterator[Page]:
+def page(browser: Any, openai_server: OpenAIServer) -> Iterator[Page]:
     browser.get_log("browser"), browser.get_log("performance")
-    yield Page(browser, door.url)
+    yield Page(browser, openai_server.url)
     serious = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert [entry["message"] for entry in serious if "status of 40" not in entry["message"]] == []
 
@@ -210,17 +210,17 @@ def test_it_is_usable_on_a_phone_and_in_the_dark(page):
         page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_it_asks_nobody_but_its_own_server(page, door):
+def test_it_asks_nobody_but_its_own_server(page, openai_server):
     requested(page.browser)
     page.browser.refresh()
     page.until(lambda: page.text("#model") == "mpt-8m")
     urls = [r["url"] for r in requested(page.browser)]
-    assert [url for url in urls if not url.startswith((door.url, "data:"))] == []
+    assert [url for url in urls if not url.startswith((openai_server.url, "data:"))] == []
 
 
 def test_it_asks_for_a_key_where_the_server_does(browser, tmp_path):
     (tmp_path / "keys").write_text("open-sesame\n", encoding="utf-8")
-    with Door({"MPT_API_KEYS_FILE": str(tmp_path / "keys")}) as locked:
+    with OpenAIServer({"MPT_API_KEYS_FILE": str(tmp_path / "keys")}) as locked:
         browser.get(locked.url)
         WebDriverWait(browser, PATIENCE_S).until(lambda _: browser.find_element(By.ID, "key").is_displayed())
         browser.find_element(By.ID, "key").send_keys("open-sesame", Keys.TAB)

@@ -1,4 +1,4 @@
-"""A quantised model by the setting alone: every door gives the text that `mptserve generate --quant` gives."""
+"""A quantised model by the setting alone: every server gives the text that `mptserve generate --quant` gives."""
 
 import re
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from batches import results, settings_of, write
-from doors import Door
 from engines import needs_kernels
 from mptserve.cli import main
+from openai_process import OpenAIServer
 from serving import MODEL_DIR, LoggedServer, eventually, post, request
 
 PROMPTS = [
@@ -37,7 +37,7 @@ def generated(capsys: pytest.CaptureFixture[str], *options: str) -> list[str]:
 @pytest.mark.long
 @needs_kernels
 @pytest.mark.parametrize("quant", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
-def test_the_setting_alone_gives_the_same_text_at_every_door(
+def test_the_setting_alone_gives_the_same_text_at_every_server(
     quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, value in settings_of(tmp_path).items():
@@ -58,8 +58,8 @@ def test_the_setting_alone_gives_the_same_text_at_every_door(
         assert [record["0"] for record in post(server.port, asked).json] == expected
         ready = eventually(lambda: [r for r in server.records() if r["message"] == "engine ready"], "engine ready")
         assert (ready[0]["quant"], ready[0]["rounding"]) == (quant, "nearest")
-    with Door() as door:
-        assert [record["0"] for record in post(door.port, asked).json] == expected
+    with OpenAIServer() as openai_server:
+        assert [record["0"] for record in post(openai_server.port, asked).json] == expected
         bodies: list[dict[str, Any]] = [{"prompt": p, "max_tokens": N_NEW} | SAMPLED for p in PROMPTS]
-        answers = [post(door.port, body, path="/v1/completions").json for body in bodies]
+        answers = [post(openai_server.port, body, path="/v1/completions").json for body in bodies]
         assert [answer["choices"][0]["text"] for answer in answers] == expected

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from doors import Door
 from mptserve.errors import BadSetting
 from mptserve.service import Service
 from mptserve.settings import read_settings
+from openai_process import OpenAIServer
 from serving import MODEL_DIR, Stream, joined, post, request
 
 KEY = "safety-key"
@@ -150,20 +150,20 @@ def test_nothing_passes_when_the_judge_cannot_be_asked(guarded, judge):
 
 @pytest.mark.slow
 def test_a_stream_shows_only_what_was_judged(environ, judge):
-    with Door(environ) as door:
+    with OpenAIServer(environ) as openai_server:
         body = request(STORY, max_new_tokens=110, seed=3, stream=True, ignore_eos=True, return_full_text=False)
-        with Stream(door.port, body) as stream:
+        with Stream(openai_server.port, body) as stream:
             events = list(stream.events)
         text = joined(events)[0, 0]
         assert len([e for e in events if e.name == "text"]) > 1
         plain = post(
-            door.port, request(STORY, max_new_tokens=110, seed=3, ignore_eos=True, return_full_text=False)
+            openai_server.port, request(STORY, max_new_tokens=110, seed=3, ignore_eos=True, return_full_text=False)
         ).json
         assert plain == [{"0": text}]
 
         late = text[-60:].split(" ")
         judge.bad = {f"{late[1]} {late[2]}"}  # beyond the first portion
-        with Stream(door.port, body) as stream:
+        with Stream(openai_server.port, body) as stream:
             events = list(stream.events)
         shown = joined(events).get((0, 0), "")
         assert text.startswith(shown)
@@ -174,10 +174,10 @@ def test_a_stream_shows_only_what_was_judged(environ, judge):
         assert result["content_safety"]["answer"] == SEVERE
 
         chat = {"prompt": STORY, "max_tokens": 110, "seed": 3, "ignore_eos": True}
-        (choice,) = post(door.port, chat, path="/v1/completions").json["choices"]
+        (choice,) = post(openai_server.port, chat, path="/v1/completions").json["choices"]
         assert (choice["text"], choice["finish_reason"]) == ("", "content_filter")
         judge.bad = {"upon"}
-        refused = post(door.port, chat, path="/v1/completions")
+        refused = post(openai_server.port, chat, path="/v1/completions")
         assert (refused.status, refused.json["error"]["code"]) == (400, "content_filter")
 
 

@@ -1,4 +1,4 @@
-"""The service without a host: what the doors rely on."""
+"""The service without a host: what the servers rely on."""
 
 import json
 import shutil

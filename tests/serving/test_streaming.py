@@ -22,7 +22,7 @@ from serving import (
     n_finished,
     post,
     request,
-    write_door,
+    write_entry_script,
 )
 
 pytestmark = pytest.mark.long
@@ -218,10 +218,10 @@ def test_a_reader_who_leaves_nginx_ends_the_generation(server: LoggedServer, ngi
 def insights(ingestion: Ingestion, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LoggedServer]:
     """A server whose host logs to Application Insights, with its real client, and logs whole answers.
 
-    With the header x-control, the door gives a plain Flask response in place of our own.
+    With the header x-control, the server gives a plain Flask response in place of our own.
     """
     environ = ingestion.environ | {"APP_INSIGHTS_LOG_RESPONSE_ENABLED": "true"}
-    door = """
+    openai_server = """
 from flask import Response
 def run(request):
     response = score.run(request)
@@ -229,7 +229,9 @@ def run(request):
         return response
     return Response(response.response, response.status, response.headers)
 """
-    with LoggedServer(environ, score_dir=write_door(tmp_path_factory.mktemp("insights"), door)) as running:
+    with LoggedServer(
+        environ, score_dir=write_entry_script(tmp_path_factory.mktemp("insights"), openai_server)
+    ) as running:
         running.wait_until_healthy()
         yield running
 

@@ -142,7 +142,7 @@ def generate(engine: MPTEngine, prompt: list[int], **params: Any) -> list[int]:
     return [t.id for t in engine.submit_all([Job(prompt, SamplingParams(**params))])[0].result().out]
 
 
-def guess(monkeypatch: pytest.MonkeyPatch, truth: list[int], n_right: int, then: int = 1, every: int = 1) -> None:
+def fix_drafts(monkeypatch: pytest.MonkeyPatch, truth: list[int], n_right: int, then: int = 1, every: int = 1) -> None:
     """Let drafts be the next `n_right` tokens of `truth`, a whole output, and behind them the token `then`.
 
     every: only the first of so many steps has a draft.

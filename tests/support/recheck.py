@@ -1,4 +1,4 @@
-"""Whether answers that the container door gave under a mixed load are the answers that it gives alone.
+"""Whether answers that the OpenAI server gave under a mixed load are the answers that it gives alone.
 
     python tests/support/recheck.py --minutes 10 --json rechecks.jsonl
 
@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from doors import Door
+from openai_process import OpenAIServer
 from serving import Stream, metrics, post
 
 TIMED = ("cancelled", "deadline")
@@ -324,16 +324,16 @@ def drive(
 ) -> tuple[Found, dict[str, float]]:
     """Load and recheck for a while, in rounds; return what was found, and what the load made of the server."""
     found, ends, endless = Found(), time.monotonic() + 60 * minutes, asks(seed)
-    with Door(TIGHT | dict(environ)) as door, Door(LONE) as lone:
+    with OpenAIServer(TIGHT | dict(environ)) as openai_server, OpenAIServer(LONE) as lone:
         while True:
             asked = [next(endless) for _ in range(4 * n_clients)]
             known = len(found.differences)
-            answers = under_load(door.port, asked, n_clients, n_busy)
-            recheck(door.port, lone.port, asked, answers, found, out)
+            answers = under_load(openai_server.port, asked, n_clients, n_busy)
+            recheck(openai_server.port, lone.port, asked, answers, found, out)
             for difference in found.differences[known:]:
                 print(difference, flush=True)
             if time.monotonic() >= ends:
-                return found, reached(door.port)
+                return found, reached(openai_server.port)
 
 
 def main() -> int:

@@ -264,7 +264,7 @@ def recheck(model: MPT, load: Load, found: Found, together: float = 0.5) -> None
         found.counts[reason] += 1
         found.counts["preempted"] += seq.n_preempted > 0
         found.counts["reused"] += seq.n_reused > 0
-        found.counts["guessed"] += seq.n_accepted > 0
+        found.counts["drafted"] += seq.n_accepted > 0
         found.counts["chunked"] += seq.n_prompt > load.prefill_tokens
         if reason == "error":
             if not load.failing:
@@ -284,7 +284,7 @@ def recheck(model: MPT, load: Load, found: Found, together: float = 0.5) -> None
         found.differences.append(
             f"load {about}, sequence {number}: first other logits at {bits}, first other token at {token}, of {n} "
             f"({reason}) and {len(again.out)} ({again.finish_reason}); {seq.n_prompt} prompt tokens, "
-            f"{seq.n_reused} reused, preempted {seq.n_preempted} times, {seq.n_accepted} of {seq.n_drafted} guessed; "
+            f"{seq.n_reused} reused, preempted {seq.n_preempted} times, {seq.n_accepted} of {seq.n_drafted} drafted; "
             f"{case.params}; got {seq.out[token or 0 :][:3]}, alone {again.out[token or 0 :][:3]}"
         )
 

@@ -75,12 +75,12 @@ class LoggedServer(Server):
         return [int(line.rsplit(" ", 1)[1]) for line in list(self.output) if "Booting worker with pid" in line]
 
 
-def write_door(folder: Path, more: str) -> Path:
+def write_entry_script(folder: Path, more: str) -> Path:
     """Write an entry script into `folder` that is the real one, loaded as `score`, and then `more`; return the folder.
 
-    `more` may define init() or run() anew: what a test cannot ask of the real door, such as to break its engine.
+    `more` may define init() or run() anew: what a test cannot ask of the real server, such as to break its engine.
     """
-    door = f"""
+    openai_server = f"""
 from importlib.util import module_from_spec, spec_from_file_location
 spec = spec_from_file_location("score", {str(ROOT / "score" / "score.py")!r})
 score = module_from_spec(spec)
@@ -88,7 +88,7 @@ spec.loader.exec_module(score)
 init, run = score.init, score.run
 {more}
 """
-    (folder / "score.py").write_text(door, encoding="utf-8")
+    (folder / "score.py").write_text(openai_server, encoding="utf-8")
     return folder
 
 

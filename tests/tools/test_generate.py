@@ -37,16 +37,16 @@ def test_prompt_text_speed_and_memory_are_printed_streamed_or_not(
     assert text_of(streamed) == text_of(whole) != ""
 
 
-def test_guessing_ahead_prints_the_same_text_and_how_much_was_right(capsys: pytest.CaptureFixture[str]) -> None:
+def test_drafts_print_the_same_text_and_how_many_were_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["generate", "--model", str(EMBEDDED), "--n-predict", "16"]
     asked += ["--prompt", "One apple, two apples, three apples, one apple, two apples, three apples, one"]
     assert main(asked) == 0
     plain = capsys.readouterr().out
     assert main([*asked, "--speculate", "7"]) == 0
-    guessed = capsys.readouterr().out
-    assert text_of(guessed) == text_of(plain)
-    assert re.search(r"16 new, ended by length\n\d+ tokens guessed ahead, \d+ of them right\nfirst token", guessed)
-    assert "guessed" not in plain
+    drafted = capsys.readouterr().out
+    assert text_of(drafted) == text_of(plain)
+    assert re.search(r"16 new, ended by length\n\d+ draft tokens, \d+ of them accepted\nfirst token", drafted)
+    assert "drafted" not in plain
 
 
 def test_chat_takes_the_models_template(capsys: pytest.CaptureFixture[str]) -> None:

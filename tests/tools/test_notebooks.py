@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom: the online one against Azure on the desk, with the embedded model on CPU."""
+"""The notebooks run from top to bottom: the online one against the local Azure emulator, on the embedded model."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ pytest.importorskip("azure.ai.ml", reason="needs the extra `notebooks`")
 
 import nbformat
 
-from desk import desk_in
+from azure_emulator import emulator_in
 from local_azure.azure import settings_text
 from notebooks import execute, write
 from serving import ROOT
@@ -37,10 +37,10 @@ def shows_a_picture(cell: Any) -> bool:
 
 @pytest.mark.slow
 def test_online_notebook_deploys_rolls_out_and_cleans_up(tmp_path: Path) -> None:
-    with desk_in(tmp_path) as desk:
-        cells = run("online.ipynb", settings_text(desk.azure))
-        assert list(desk.client.online_endpoints.list()) == []
-        assert [m.name for m in desk.client.models.list("mpt-8m")] == ["mpt-8m"]
+    with emulator_in(tmp_path) as emulator:
+        cells = run("online.ipynb", settings_text(emulator.azure))
+        assert list(emulator.client.online_endpoints.list()) == []
+        assert [m.name for m in emulator.client.models.list("mpt-8m")] == ["mpt-8m"]
     assert "'Succeeded'" in value(cells, "blue.provisioning_state")[-1]
     assert "the meaning of life is" in value(cells, "basic.json")[-1]
     assert "'finish_reason': 'length'" in value(cells, "event[")[-1]
@@ -54,9 +54,9 @@ def test_online_notebook_deploys_rolls_out_and_cleans_up(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_batch_notebook_scores_shows_and_cleans_up(tmp_path: Path) -> None:
-    with desk_in(tmp_path) as desk:
-        cells = run("batch.ipynb", settings_text(desk.azure))
-        assert list(desk.client.batch_endpoints.list()) == []
+    with emulator_in(tmp_path) as emulator:
+        cells = run("batch.ipynb", settings_text(emulator.azure))
+        assert list(emulator.client.batch_endpoints.list()) == []
     assert "COMPLETED" in value(cells, "job = run()")[-1]
     assert "'rows': 20" in value(cells, "summary.json")[-1]
     assert "fox" in value(cells, '"finish_reason", "generated_tokens"]]')[-1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from counting import by_counting
+from counting_contender import by_counting
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))  # last: some of its modules have common names

@@ -1,1 +1,1 @@
-"""Azure on the desk: as much of Azure ML as the real SDK needs to deploy this package on loopback. See README.md."""
+"""The local Azure emulator: as much of Azure ML as the real SDK needs to deploy this package here. See README.md."""

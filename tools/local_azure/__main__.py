@@ -1,4 +1,4 @@
-"""`make azure-local`: keeps Azure on the desk running and prints what a notebook needs to use it."""
+"""`make azure-local`: keeps the local Azure emulator running and prints what a notebook needs to use it."""
 
 import argparse
 import signal
@@ -18,7 +18,10 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     with tempfile.TemporaryDirectory(prefix="local-azure-") as folder, LocalAzure(Path(folder), args.port) as azure:
-        print(f"# Azure on the desk at {azure.url}. Paste this at the end of a notebook's first cell:\n", flush=True)
+        print(
+            f"# The local Azure emulator at {azure.url}. Paste this at the end of a notebook's first cell:\n",
+            flush=True,
+        )
         print(settings_text(azure) + "\n\n# Ctrl-C stops it, its deployments with it.", flush=True)
         stopped.wait()
 

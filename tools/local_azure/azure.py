@@ -1,4 +1,4 @@
-"""The whole desk: one HTTPS server on loopback, and the settings that point the SDK at it."""
+"""The whole emulator: one HTTPS server on loopback, and the settings that point the SDK at it."""
 
 import asyncio
 import secrets
@@ -18,13 +18,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from local_azure.batch_resources import BatchJobs
-from local_azure.front_door import FrontDoor
+from local_azure.frontend import Frontend
 from local_azure.online_resources import OnlineResources
 from local_azure.resource_manager import ResourceManager
 from local_azure.storage import Storage
 
 SUBSCRIPTION = "00000000-0000-0000-0000-000000000000"
-RESOURCE_GROUP, WORKSPACE = "desk", "desk"
+RESOURCE_GROUP, WORKSPACE = "local", "local"
 
 
 class LocalAzure:
@@ -54,7 +54,7 @@ class LocalAzure:
         self.manager = ResourceManager(self.url, self.online)
         self.batch = BatchJobs(self.url, self.root, self.manager, self.online)
         self._server = uvicorn.Server(self._config())
-        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),), name="azure on the desk")
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),), name="local azure emulator")
 
     async def _serve(self) -> None:
         await self._server.serve([self._socket])
@@ -78,7 +78,7 @@ class LocalAzure:
 
     @property
     def environ(self) -> dict[str, str]:
-        """Return the variables under which azure-ai-ml and azure-identity talk to the desk, unchanged.
+        """Return the variables under which azure-ai-ml and azure-identity talk to the emulator, unchanged.
 
         ARM_CLOUD_METADATA_URL is how the SDK learns of a cloud of its own (azure.ai.ml `_azure_environments.py`);
         IDENTITY_… is a managed identity as App Service offers it, which DefaultAzureCredential finds
@@ -105,10 +105,10 @@ class LocalAzure:
     def _application(self) -> Starlette:
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
-            door = FrontDoor(self.online.endpoints, self.entra_tokens)
-            app.router.routes[:0] = door.routes  # its client belongs to this event loop
+            frontend = Frontend(self.online.endpoints, self.entra_tokens)
+            app.router.routes[:0] = frontend.routes  # its client belongs to this event loop
             yield
-            await door.close()
+            await frontend.close()
             await self.batch.close()
             await self.online.close()
 
@@ -130,10 +130,10 @@ class LocalAzure:
         """Describe this cloud as https://management.azure.com/metadata/endpoints does for the public one."""
         cloud = {
             "name": "AzureOnTheDesk",
-            "portal": "https://portal.azure.desk/",
+            "portal": "https://portal.azure.local/",
             "resourceManager": self.url,
             "authentication": {"loginEndpoint": self.url},
-            "suffixes": {"storage": "desk"},
+            "suffixes": {"storage": "local"},
         }
         return JSONResponse([cloud])
 

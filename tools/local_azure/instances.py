@@ -21,13 +21,13 @@ from local_azure.spec import Probe, Spec
 
 LOG_LINES = 5000
 PROBE_EVERY_S = 0.2
-"""The desk probes more often than the spec says, so that nobody waits; the time that may pass is the spec's."""
+"""The emulator probes more often than the spec says, so that nobody waits; the time that may pass is the spec's."""
 GRACE_S = 30.0
-"""Between SIGTERM and SIGKILL. What Azure gives is not documented; 30 s is Kubernetes' default. GUESS."""
+"""Between SIGTERM and SIGKILL. What Azure gives is not documented; 30 s is Kubernetes' default. ASSUMED."""
 WITH_US = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
-"""On Linux a container ends with the desk, even when nobody gave the desk time to say so."""
+"""On Linux a container ends with the emulator, even when nobody gave the emulator time to say so."""
 PASSED_ON = {"PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TZ", "VIRTUAL_ENV"}
-"""Of the desk's own environment; beyond it a container sees what its image and the deployment set."""
+"""Of the emulator's own environment; beyond it a container sees what its image and the deployment set."""
 
 
 class StartFailed(Exception):
@@ -137,11 +137,11 @@ class Instance:
             await process.wait()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(reader, 2)
-            self.lines.append(f"[desk] {self.name}: {reason}")
+            self.lines.append(f"[emulator] {self.name}: {reason}")
             if not self._was_ever_ready:
                 self.failed = reason
                 return
-            # Soon the first time, then after growing pauses while it keeps dying, as Kubernetes does. GUESS.
+            # Soon the first time, then after growing pauses while it keeps dying, as Kubernetes does. ASSUMED.
             pause_s = 0.5 if time.monotonic() - started > 60 else min(max(2 * pause_s, 0.5), 30.0)
 
     async def _launch(self) -> asyncio.subprocess.Process:

@@ -66,7 +66,7 @@ class Deployment:
 
 @dataclass
 class Endpoint:
-    """What the front door knows of an endpoint."""
+    """What the front end knows of an endpoint."""
 
     name: str
     auth_mode: str

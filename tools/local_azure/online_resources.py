@@ -28,7 +28,7 @@ class Prepared:
 
 
 class OnlineResources:
-    """The endpoints that the front door answers for, and their deployments."""
+    """The endpoints that the front end answers for, and their deployments."""
 
     def __init__(self, root: Path, storage: Storage, insights: Mapping[str, str]) -> None:
         self.root, self.storage, self.insights = root, storage, insights
@@ -91,7 +91,7 @@ class OnlineResources:
             raise Refused(400, "ResourceNotReady", f"the container of {prepared.name!r} is not ready: {exc}") from exc
 
     def check_without_traffic(self, endpoint_name: str, name: str) -> None:
-        """ROLLOUT sets the traffic to 0 before it deletes; that Azure refuses otherwise is a GUESS."""
+        """ROLLOUT sets the traffic to 0 before it deletes; that Azure refuses otherwise is ASSUMED."""
         endpoint = self.endpoint(endpoint_name)
         if endpoint.traffic.get(name) or endpoint.mirror_traffic.get(name):
             raise Refused(400, "BadRequest", f"deployment {name!r} has traffic; set it to 0 before deleting it")

@@ -95,8 +95,8 @@ class ResourceManager:
             "discoveryUrl": self.url + "/discovery",
             "storageAccount": f"/subscriptions/s/resourceGroups/r/providers/Microsoft.Storage/accounts/{ACCOUNT}",
         }
-        identity = {"type": "SystemAssigned", "principalId": "desk", "tenantId": "desk"}
-        return JSONResponse(_resource(request, properties) | {"location": "desk", "identity": identity})
+        identity = {"type": "SystemAssigned", "principalId": "local", "tenantId": "local"}
+        return JSONResponse(_resource(request, properties) | {"location": "local", "identity": identity})
 
     async def datastores(self, request: Request) -> Response:
         return JSONResponse({"value": [self._datastore(_id(request) + "/workspaceblobstore")]})
@@ -107,7 +107,7 @@ class ResourceManager:
         return JSONResponse(self._datastore(_id(request)))
 
     async def datastore_secrets(self, _: Request) -> Response:
-        return JSONResponse({"secretsType": "Sas", "sasToken": "sv=2025-01-05&sig=desk"})
+        return JSONResponse({"secretsType": "Sas", "sasToken": "sv=2025-01-05&sig=local"})
 
     def _datastore(self, id_: str) -> Resource:
         """Return the default datastore.
@@ -119,7 +119,7 @@ class ResourceManager:
             "datastoreType": "AzureBlob",
             "accountName": f"{self.url.removeprefix('https://')}/storage/{ACCOUNT}",
             "containerName": "workspace",
-            "endpoint": "desk",
+            "endpoint": "local",
             "protocol": "https",
             "isDefault": True,
             "credentials": {"credentialsType": "Sas"},
@@ -132,9 +132,9 @@ class ResourceManager:
         """Return the container that a code asset is to be uploaded into, one for each (`_asset_utils.py`)."""
         kind, name, _, version = request.path_params["original"][-5:-1]
         container = f"{self.url}/storage/{ACCOUNT}/{kind}-{name}-{version}".lower()
-        credential = {"credentialType": "SAS", "sasUri": container + "?sv=2025-01-05&sig=desk"}
+        credential = {"credentialType": "SAS", "sasUri": container + "?sv=2025-01-05&sig=local"}
         place = {"blobUri": container, "storageAccountArmId": "", "credential": credential}
-        upload = {"pendingUploadId": "desk", "pendingUploadType": "TemporaryBlobReference"}
+        upload = {"pendingUploadId": "local", "pendingUploadType": "TemporaryBlobReference"}
         return JSONResponse(upload | {"blobReferenceForConsumption": place})
 
     async def put_asset(self, request: Request) -> Response:
@@ -201,7 +201,7 @@ class ResourceManager:
         body = await request.json()
         keys = self.online.endpoint(_name(request, -2)).keys
         which, value = (body.get("keyType") or "Primary").lower(), body.get("keyValue")
-        # The SDK sends the key of before as the value; that Azure draws a new one then is a GUESS from the call's name.
+        # The SDK sends the key of before as the value; that Azure draws a new one then is ASSUMED from the call's name.
         keys[which] = new_key() if value in (None, keys[which]) else value
         return self._accepted(None, 202, asyncio.sleep(0))
 
@@ -246,7 +246,7 @@ class ResourceManager:
         wanted = await request.json()
         self._find(_id(request).rpartition("/")[0])
         if wanted.get("containerType") == "StorageInitializer":
-            return JSONResponse({"content": "the desk has no storage initializer: files are simply there"})
+            return JSONResponse({"content": "the emulator has no storage initializer: files are simply there"})
         lines = int(wanted.get("tail") or 500)
         return JSONResponse({"content": self.online.log(_name(request, -4), _name(request, -2), lines)})
 
@@ -321,7 +321,7 @@ async def _work(operation: Resource, work: Awaitable[None]) -> None:
 
 async def _unknown(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
     refused = Refused(
-        404, "NotOnTheDesk", f"Azure on the desk does not know {scope['method']} {scope['original_path']}"
+        404, "NotEmulated", f"The local Azure emulator does not know {scope['method']} {scope['original_path']}"
     )
     await refused.response()(scope, receive, send)
 

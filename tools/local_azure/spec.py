@@ -76,7 +76,9 @@ def read_spec(resource: dict[str, Any]) -> Spec:
     if not spec.instance_type.startswith("Standard_"):
         raise Refused(400, "BadRequest", f"{spec.instance_type!r} is no instance type")
     if not spec.code_id or not spec.scoring_script:
-        raise Refused(400, "BadRequest", "the desk runs deployments with a code_configuration only, no bare containers")
+        raise Refused(
+            400, "BadRequest", "the emulator runs deployments with a code_configuration only, no bare containers"
+        )
     return spec
 
 

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-ACCOUNT = "desk"
+ACCOUNT = "local"
 
 
 class Storage:
@@ -121,7 +121,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _headers(error: str = "") -> dict[str, str]:
     now = format_datetime(datetime.now(timezone.utc), usegmt=True)
-    headers = {"ETag": '"0x1"', "Last-Modified": now, "x-ms-version": "2025-01-05", "x-ms-request-id": "desk"}
+    headers = {"ETag": '"0x1"', "Last-Modified": now, "x-ms-version": "2025-01-05", "x-ms-request-id": "local"}
     return headers | ({"x-ms-error-code": error} if error else {})
 
 

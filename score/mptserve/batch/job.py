@@ -1,4 +1,4 @@
-"""A batch job in one process: a list of files to a list of what became of them. The doors call nothing else."""
+"""A batch job in one process: a list of files to a list of what became of them. The entry scripts call nothing else."""
 
 import dataclasses
 import hashlib
@@ -113,7 +113,7 @@ class BatchJob:
 
 
 def unhurried(settings: Settings) -> Settings:
-    """Return the settings of the online door without what protects its callers from each other.
+    """Return the settings of the online server without what protects its callers from each other.
 
     A row waits for nobody, so there is no deadline to keep; how much is queued is decided in flow.py.
     """

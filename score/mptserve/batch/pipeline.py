@@ -14,7 +14,7 @@ from typing import Any
 
 from mptserve.batch.files import InputFile, Source
 from mptserve.batch.progress import Progress
-from mptserve.batch.readers import Row, read_rows
+from mptserve.batch.readers import InputRow, read_rows
 from mptserve.batch.results import ResultFile, answer_fields, error_field, record
 from mptserve.batch.rows import RowRequests
 from mptserve.batch.summary import Tally, now
@@ -87,7 +87,7 @@ class Waiting:
 
     run: FileRun
     turn: int
-    row: Row
+    row: InputRow
     id: Any
     submission: Submission
     left: int
@@ -141,7 +141,7 @@ class BatchPipeline:
     def _position(self) -> int:
         return self._passed_bytes + (self._source.position if self._source is not None else 0)
 
-    def _arriving(self, files: Iterator[FileRun]) -> Generator[tuple[FileRun, Row | None], None, None]:
+    def _arriving(self, files: Iterator[FileRun]) -> Generator[tuple[FileRun, InputRow | None], None, None]:
         """Yield (file, row) for every row, and (file, None) at the end of each file."""
         for run in files:
             try:
@@ -165,7 +165,7 @@ class BatchPipeline:
         log.warning("a file cannot be read", extra={"numbers": {"code": exc.code, "line": exc.line}})
         self._put(run, run.next_turn(), [record(run.file.name, None, exc.line, None, **error_field(exc))])
 
-    def _start(self, run: FileRun, row: Row) -> None:
+    def _start(self, run: FileRun, row: InputRow) -> None:
         """Hand a row's sequences to the engine; a row that breaks a rule is done at once."""
         turn, id = run.next_turn(), None
         try:
@@ -216,7 +216,7 @@ class BatchPipeline:
         records = [record(run.file.name, row.number, row.line, waiting.id, **found) for found in fields]
         self._put(run, waiting.turn, records)
 
-    def _fail_row(self, run: FileRun, turn: int, row: Row, id: Any, exc: ScoringError) -> None:
+    def _fail_row(self, run: FileRun, turn: int, row: InputRow, id: Any, exc: ScoringError) -> None:
         if isinstance(exc, GenerationFailed):
             log.error("a row failed", extra={"numbers": {"row": row.number, "code": exc.code}})
         self._progress.rows += 1

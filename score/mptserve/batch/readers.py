@@ -16,8 +16,8 @@ PARQUET_ROWS = 256
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a file: `value` is a prompt, or an object (columns, or a request of the online door).
+class InputRow:
+    """One row of a file: `value` is a prompt, or an object (columns, or a request of the online server).
 
     number: from 0, among the rows.  line: from 1, where it begins in the file; None in parquet.  error: why there is
     no value.  text_cells: the value came from text without types.
@@ -33,12 +33,12 @@ class Row:
 Columns = Callable[[list[str]], list[str]]
 """Takes a table's columns, returns those to read; raises BadFile when they cannot be rows."""
 Expand = Callable[[dict[str, Any]], list[Any]]
-"""Takes a whole request of the online door and returns a row's value for each of its prompts."""
+"""Takes a whole request of the online server and returns a row's value for each of its prompts."""
 
 
 def read_rows(
     file: InputFile, source: Source, limit: int, columns: Columns, expand: Expand
-) -> Generator[Row, None, None]:
+) -> Generator[InputRow, None, None]:
     """Yield the rows of a file; raises BadFile where it cannot be read on.
 
     limit: bytes of one row.
@@ -65,28 +65,28 @@ def too_long(limit: int) -> TooLarge:
 # Lines ---------------------------------------------------------------------------------------------------------------
 
 
-def _plain_lines(source: Source, limit: int) -> Iterator[Row]:
+def _plain_lines(source: Source, limit: int) -> Iterator[InputRow]:
     """A prompt a line; empty lines are no rows."""
     number = 0
     for line in source.lines(limit):
         if line is not None and not line.strip():
             continue
         try:
-            yield Row(number, source.line, _decoded(line, limit))
+            yield InputRow(number, source.line, _decoded(line, limit))
         except ScoringError as exc:
-            yield Row(number, source.line, error=exc)
+            yield InputRow(number, source.line, error=exc)
         number += 1
 
 
-def _json_lines(source: Source, limit: int) -> Iterator[Row]:
+def _json_lines(source: Source, limit: int) -> Iterator[InputRow]:
     number = 0
     for line in source.lines(limit):
         if line is not None and not line.strip():
             continue
         try:
-            yield Row(number, source.line, _json(_decoded(line, limit)))
+            yield InputRow(number, source.line, _json(_decoded(line, limit)))
         except ScoringError as exc:
-            yield Row(number, source.line, error=exc)
+            yield InputRow(number, source.line, error=exc)
         number += 1
 
 
@@ -173,8 +173,8 @@ class _Text:
         return BadFile(f"line {self.line}: {why}", code="invalid_json", line=self.line)
 
 
-def _json_document(source: Source, limit: int, expand: Expand) -> Iterator[Row]:
-    """An array of rows, or one request of the online door, each of whose prompts is a row.
+def _json_document(source: Source, limit: int, expand: Expand) -> Iterator[InputRow]:
+    """An array of rows, or one request of the online server, each of whose prompts is a row.
 
     Nothing can be read behind a broken row: unlike lines, an array has no place to begin again.
     """
@@ -189,7 +189,7 @@ def _json_document(source: Source, limit: int, expand: Expand) -> Iterator[Row]:
         except InvalidRequest as exc:
             raise BadFile(exc.message, code=exc.code, line=1) from exc
         for number, row in enumerate(rows):
-            yield Row(number, line, row)
+            yield InputRow(number, line, row)
         return
     if opening != "[":
         raise text.bad("a .json file must hold an array of rows, or one request")
@@ -202,7 +202,7 @@ def _json_document(source: Source, limit: int, expand: Expand) -> Iterator[Row]:
             text.at += 1
             text.peek()
         line = text.line
-        yield Row(number, line, text.value(limit))
+        yield InputRow(number, line, text.value(limit))
         number += 1
     text.at += 1
     if text.peek():
@@ -248,7 +248,7 @@ class _TableLines:
         self._again += reversed(self.record[1:])
 
 
-def _table(source: Source, delimiter: str, limit: int, columns: Columns) -> Iterator[Row]:
+def _table(source: Source, delimiter: str, limit: int, columns: Columns) -> Iterator[InputRow]:
     """Quoted as RFC 4180 says, with a header; empty lines are no rows."""
     csv.field_size_limit(limit)  # of the whole process: the default is less than a long prompt
     lines = _TableLines(source, limit)
@@ -268,9 +268,9 @@ def _table(source: Source, delimiter: str, limit: int, columns: Columns) -> Iter
         except (csv.Error, ScoringError) as exc:
             error = InvalidRequest(f"the row breaks the rules of CSV: {exc}", code="invalid_csv")
             lines.rewind()
-            yield Row(number, lines.record[0][0], error=exc if isinstance(exc, ScoringError) else error)
+            yield InputRow(number, lines.record[0][0], error=exc if isinstance(exc, ScoringError) else error)
         else:
-            yield Row(number, lines.record[0][0], value, text_cells=True)
+            yield InputRow(number, lines.record[0][0], value, text_cells=True)
         number += 1
 
 
@@ -302,7 +302,7 @@ def _cells(header: list[str], cells: list[str], wanted: set[str]) -> dict[str, s
     return value
 
 
-def _parquet(source: Source, columns: Columns) -> Iterator[Row]:
+def _parquet(source: Source, columns: Columns) -> Iterator[InputRow]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -320,19 +320,19 @@ def _parquet(source: Source, columns: Columns) -> Iterator[Row]:
         raise BadFile(f"this is no whole parquet file; row {number} cannot be read", code="invalid_parquet") from exc
 
 
-def _batch_rows(batch: Any, number: int) -> Iterator[Row]:
+def _batch_rows(batch: Any, number: int) -> Iterator[InputRow]:
     try:
         values = batch.to_pylist()
     except UnicodeDecodeError:  # of one cell, and it does not say of which
         yield from (_single_row(batch.slice(i, 1), number + i) for i in range(batch.num_rows))
     else:
-        yield from (Row(number + i, None, value) for i, value in enumerate(values))
+        yield from (InputRow(number + i, None, value) for i, value in enumerate(values))
 
 
-def _single_row(batch: Any, number: int) -> Row:
+def _single_row(batch: Any, number: int) -> InputRow:
     try:
         (value,) = batch.to_pylist()
-        return Row(number, None, value)
+        return InputRow(number, None, value)
     except UnicodeDecodeError:
         error = InvalidRequest("the row holds a string that is not UTF-8", code="invalid_encoding")
-        return Row(number, None, error=error)
+        return InputRow(number, None, error=error)

@@ -40,7 +40,7 @@ def answer_fields(result: Result, tokenizer: Tokenizer, with_details: bool) -> d
 
 
 def error_field(exc: ScoringError) -> dict[str, Any]:
-    """Return what an error adds to a record: the online door's error, without a request id."""
+    """Return what an error adds to a record: the online server's error, without a request id."""
     return {"error": {"code": exc.code, "message": exc.message, "field": exc.field}}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mptserve.batch.readers import Row
+from mptserve.batch.readers import InputRow
 from mptserve.errors import BadFile, InvalidRequest
 from mptserve.request import GenerateRequest, Located, RequestParser, dialect, looks_like_messages
 
@@ -27,7 +27,7 @@ class Shape:
 
 
 class RowRequests:
-    """Makes a request of a row, with the rules of the online door."""
+    """Makes a request of a row, with the rules of the online server."""
 
     def __init__(self, parser: RequestParser, prompt_column: str, seed: int) -> None:
         self._parser, self._prompt_column, self._seed = parser, prompt_column, seed
@@ -64,7 +64,7 @@ class RowRequests:
             for name, value in parameters.items()
         }
 
-    def request(self, file: str, row: Row, id: str | int | float | None) -> GenerateRequest:
+    def request(self, file: str, row: InputRow, id: str | int | float | None) -> GenerateRequest:
         """Return the row's request; raises InvalidRequest pointing at the column."""
         if row.error is not None:
             raise row.error
@@ -90,7 +90,7 @@ class RowRequests:
         place: list[Any] = [self._seed, id] if id is not None else [self._seed, file, number]
         return int.from_bytes(hashlib.blake2b(json.dumps(place).encode(), digest_size=8).digest(), "big") & MAX_SEED
 
-    def id(self, row: Row) -> str | int | float | None:
+    def id(self, row: InputRow) -> str | int | float | None:
         """Return the row's id; raises InvalidRequest when it is none."""
         if not isinstance(row.value, dict):
             return None
@@ -112,7 +112,7 @@ class RowRequests:
             raise InvalidRequest("`/id` must be a number of at most 63 bits", field="/id", code="out_of_range")
         return found
 
-    def _parts(self, row: Row) -> tuple[Located, Located]:
+    def _parts(self, row: InputRow) -> tuple[Located, Located]:
         value = row.value
         if isinstance(value, str):
             return Located(value, "/input_string"), Located({}, "/parameters")
@@ -127,7 +127,7 @@ class RowRequests:
             raise InvalidRequest(f"`/{shape.prompt}` is null", field=f"/{shape.prompt}", code="missing_field")
         return Located(value[shape.prompt], f"/{shape.prompt}"), self._parameters(row, shape)
 
-    def _parameters(self, row: Row, shape: Shape) -> Located:
+    def _parameters(self, row: InputRow, shape: Shape) -> Located:
         """Return a row's parameters: the object in `parameters`, and those that are columns."""
         inner = row.value.get("parameters")
         if row.text_cells and inner is not None:

@@ -75,9 +75,9 @@ def run(model_dir: Path, rows: list[int], n_prompt: int, n_new: int, rounds: int
     engine.close()
     stats = engine.stats()
     if stats.drafted_tokens:
-        print(f"{stats.drafted_tokens} tokens guessed ahead for lone rows, {stats.accepted_tokens} of them right")
-    guesses = {"drafted_tokens": stats.drafted_tokens, "accepted_tokens": stats.accepted_tokens}
-    print(json.dumps({"ceilings": asdict(found), "cases": [asdict(case) for case in cases]} | guesses))
+        print(f"{stats.drafted_tokens} draft tokens, {stats.accepted_tokens} of them accepted")
+    drafts = {"drafted_tokens": stats.drafted_tokens, "accepted_tokens": stats.accepted_tokens}
+    print(json.dumps({"ceilings": asdict(found), "cases": [asdict(case) for case in cases]} | drafts))
     return 0
 
 

@@ -38,7 +38,7 @@ def add_arguments(command: argparse.ArgumentParser, model_dir: str) -> None:
         type=int,
         choices=range(16),
         metavar="TOKENS",
-        help="guess up to so many tokens ahead where the text repeats itself; 0: none (MPT_SPECULATE_TOKENS)",
+        help="speculative decoding: draft tokens of a step at most; 0: off (MPT_SPECULATE_TOKENS)",
     )
     command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     command.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
@@ -115,9 +115,9 @@ def _figures(service: "Service", running: "RunningSequence") -> str:
     first = times.first_token - times.submitted
     rest = times.finished - times.first_token
     speed = f", then {(n - 1) / rest:.1f} tokens/s" if n > 1 and rest > 0 else ""
-    guessed = f"\n{seq.n_drafted} tokens guessed ahead, {seq.n_accepted} of them right" if seq.n_drafted else ""
+    drafts = f"\n{seq.n_drafted} draft tokens, {seq.n_accepted} of them accepted" if seq.n_drafted else ""
     return (
-        f"{seq.n_prompt} prompt tokens, {n} new, ended by {seq.finish_reason}{guessed}\n"
+        f"{seq.n_prompt} prompt tokens, {n} new, ended by {seq.finish_reason}{drafts}\n"
         f"first token after {first * 1e3:.0f} ms{speed}\n{_memory(service)}"
     )
 

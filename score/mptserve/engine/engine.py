@@ -97,7 +97,7 @@ class MPTEngine:
         self._inbox: list[Sequence] = []
         self._wake = threading.Condition()
         self.draining = self._closed = False
-        self._running: InFlightStep | None = None  # launched, not collected
+        self._in_flight: InFlightStep | None = None  # launched, not collected
         self._thread = threading.Thread(target=self._loop, name="mpt-engine", daemon=True)
         self._thread.start()
 
@@ -197,19 +197,19 @@ class MPTEngine:
         started = time.monotonic()
         n_vocab = self.runner.model.n_tokens
         drafts = list(takewhile(lambda id: id < n_vocab, self.scheduler.draft(decodes, chunks)))
-        launched = self._launch(decodes, chunks, drafts) if decodes or chunks else None
+        step = self._launch(decodes, chunks, drafts) if decodes or chunks else None
         self._collect()
-        self._running = launched
+        self._in_flight = step
         if not self.runner.overlaps:
             self._collect()
-        if launched is not None:
+        if step is not None:
             self._stats.steps += 1
             self._stats.step_seconds += time.monotonic() - started
 
     def _launch(self, decodes: list[Sequence], chunks: list[Chunk], drafts: Seq[int] = ()) -> InFlightStep | None:
         """Launch one step; when that fails, run its sequences one by one, so that only those that must fail do."""
         try:
-            launched = self.runner.launch(decodes, chunks, drafts)
+            step = self.runner.launch(decodes, chunks, drafts)
         except Exception as exc:
             if _device_is_lost(exc):
                 raise
@@ -221,31 +221,31 @@ class MPTEngine:
                 return None
             log.warning("a step of %d sequences failed (%s); trying them one by one", len(decodes) + len(chunks), exc)
             for seq in [s for s in decodes if s.wants_more]:
-                self._running = self._launch([seq], [])
+                self._in_flight = self._launch([seq], [])
                 self._collect()
             for chunk in chunks:
-                self._running = self._launch([], [chunk])
+                self._in_flight = self._launch([], [chunk])
                 self._collect()
             return None
         self.scheduler.advance(decodes, chunks)
-        for seq in launched.ready:
+        for seq in step.ready:
             seq.n_pending += 1
         self._stats.prompt_tokens += sum(c.n for c in chunks)
         self._stats.reused_tokens += sum(c.seq.n_reused for c in chunks if c.start == c.seq.n_reused)
-        return launched
+        return step
 
     def _collect(self) -> None:
         """Wait for the step in flight, if there is one, and give its tokens to their sequences."""
-        launched, self._running = self._running, None
-        if launched is None:
+        step, self._in_flight = self._in_flight, None
+        if step is None:
             return
-        sampled = launched.collect()
-        for seq in launched.ready:
+        sampled = step.collect()
+        for seq in step.ready:
             seq.n_pending -= 1
-        found = list(zip(launched.ready, sampled.tokens, sampled.finite, strict=True))
-        if launched.drafts:
-            found = found[: self._n_right(launched.ready[0], launched.drafts, sampled)]
-        for seq, token, finite in found:
+        results = list(zip(step.ready, sampled.tokens, sampled.finite, strict=True))
+        if step.drafts:
+            results = results[: self._n_accepted(step.ready[0], step.drafts, sampled)]
+        for seq, token, finite in results:
             if seq.finish_reason is not None:  # ended while the step ran: this token is one too many
                 continue
             if not finite:
@@ -260,19 +260,21 @@ class MPTEngine:
                 log.exception("a stop check failed")
                 seq.finish("error", GenerationFailed("checking stop strings failed; the log has the reason"))
 
-    def _n_right(self, seq: Sequence, drafts: Seq[int], sampled: Sampled) -> int:
-        """Return how many tokens of a step with drafts count: up to the first that was guessed wrong, which is right.
+    def _n_accepted(self, seq: Sequence, drafts: Seq[int], sampled: Sampled) -> int:
+        """Return how many tokens of a step with drafts count: the accepted drafts, and the one sampled after them.
 
-        The step was as many plain steps at once, each as if the drafts before it had been drawn.
+        The step was as many plain steps at once, each as if the drafts before it had been generated.
         """
         if seq.finish_reason is not None:
             return 0
-        if not all(sampled.finite):  # perhaps for a wrong draft only, whose keys and values the others have met masked
-            self.scheduler.undo(seq)
+        if not all(
+            sampled.finite
+        ):  # perhaps only for a draft that is not accepted, whose keys the others have met masked
+            self.scheduler.recompute(seq)
             return 0
         pairs = zip(drafts, sampled.tokens, strict=False)
         n_accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1].id, pairs))
-        self.scheduler.judge(seq, len(drafts), n_accepted)
+        self.scheduler.accept(seq, len(drafts), n_accepted)
         self._stats.drafted_tokens += len(drafts)
         self._stats.accepted_tokens += n_accepted
         return n_accepted + 1

@@ -24,7 +24,7 @@ from mptserve.engine.checkpoint.config import MPTConfig
 from mptserve.engine.model import alibi_slopes
 from mptserve.engine.paged_cache import PagedCache
 from mptserve.engine.sequence import BLOCK
-from mptserve.engine.step import Chunk, Row
+from mptserve.engine.step import Chunk, DecodeRow
 
 
 class PagedAttention:
@@ -34,14 +34,14 @@ class PagedAttention:
         self.config, self.cache = config, cache
         self.slopes = alibi_slopes(config.n_heads, config.alibi_bias_max).to(cache.kv.device)
 
-    def plan(self, decodes: Seq[Row], chunks: Seq[Chunk]) -> "PagedPlan":
+    def plan(self, decodes: Seq[DecodeRow], chunks: Seq[Chunk]) -> "PagedPlan":
         return PagedPlan(self, decodes, chunks)
 
 
 class PagedPlan:
     """One step's attention over blocks; call it with (layer, q [N, H, D], kv [N, 2, H, D])."""
 
-    def __init__(self, attention: PagedAttention, decodes: Seq[Row], chunks: Seq[Chunk]) -> None:
+    def __init__(self, attention: PagedAttention, decodes: Seq[DecodeRow], chunks: Seq[Chunk]) -> None:
         self.cache, self.scale = attention.cache, attention.config.scale
         self.slopes, device = attention.slopes, attention.cache.kv.device
         spans = [(*row, 1) for row in decodes] + [(c.seq, c.start, c.n) for c in chunks]

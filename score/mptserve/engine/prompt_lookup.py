@@ -1,21 +1,21 @@
-"""Guesses the next tokens of a sequence from itself: what followed its last tokens when they came before.
+"""Prompt lookup: draft tokens for a sequence from its own text, what followed its last tokens when they came before.
 
 Prompt-lookup decoding (Saxena, 2023, github.com/apoorvumang/prompt-lookup-decoding): text that copies, such as edited
-code, quotations, lists and summaries, repeats runs of its own tokens. A guess costs a dictionary look-up; the model
-computes all guessed tokens in one step and keeps those that it would have drawn anyway (runner.py).
+code, quotations, lists and summaries, repeats runs of its own tokens. A draft costs a dictionary look-up; the model
+computes all draft tokens in one step and keeps those that it would have generated anyway (runner.py).
 """
 
 from mptserve.engine.sequence import Sequence
 
 _SIZES = (3, 2)
-"""Tokens that must be the same, the most telling first. After a single one, what follows is mostly something else."""
+"""Tokens that must match, the longer run first. After a single token, what follows is mostly something else."""
 
 
 class PromptLookup:
     """Finds drafts for one sequence; keeps an index of its tokens, which grows with them.
 
-    most: tokens in a draft at most.  A draft is at most twice as long as what the last one brought, and one: text that
-    does not repeat is bothered little, and text that does has long drafts after a few steps.
+    most: tokens in a draft at most.  A draft has at most one token more than twice those accepted of the last one: text
+    that does not repeat pays little overhead, and text that does has long drafts after a few steps.
     """
 
     def __init__(self, most: int) -> None:
@@ -30,12 +30,12 @@ class PromptLookup:
         for size in _SIZES:
             start = self._after.get(tuple(tokens[-size:]))
             if start is not None:
-                period = len(tokens) - start  # beyond the end, what repeats goes on repeating
+                period = len(tokens) - start  # beyond the end, assume that the run repeats
                 return [tokens[start + i % period] for i in range(n)]
         return []
 
-    def learn(self, n_accepted: int) -> None:
-        """Note how many tokens of a draft were right."""
+    def accepted(self, n_accepted: int) -> None:
+        """Note how many tokens of a draft were accepted."""
         self._wanted = min(2 * n_accepted + 1, self._most)
 
     def _read(self, seq: Sequence) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from mptserve.engine.model import MPT
 from mptserve.engine.sampling import Sampled, sample
 from mptserve.engine.sequence import Sequence
-from mptserve.engine.step import Attention, Chunk, InFlightStep, Row
+from mptserve.engine.step import Attention, Chunk, DecodeRow, InFlightStep
 
 
 class Threads(Protocol):
@@ -41,10 +41,10 @@ class Runner:
         drafts: tokens that may follow the last one of a lone decoding sequence. Each is a row of its own, computed as
         in a step of its own, and to the same bits where rows do not depend on each other.
         """
-        decoding = [Row(s, s.n_computed) for s in decodes]
+        decoding = [DecodeRow(s, s.n_computed) for s in decodes]
         ids = [s.token(position) for s, position in decoding]
         for draft in drafts:
-            decoding.append(Row(decodes[0], decoding[-1].position + 1))
+            decoding.append(DecodeRow(decodes[0], decoding[-1].position + 1))
             ids.append(draft)
         ready = [(i, s) for i, (s, position) in enumerate(decoding) if position + 1 >= s.n_tokens]
         for chunk in chunks:

@@ -21,7 +21,7 @@ class Scheduler:
 
     exact_resume: after a preemption, feed generated tokens one by one as the first time, instead of as one prompt;
     slower, but bit for bit the same (worth it on a CPU, where the kernels are exact too).
-    speculate_tokens: the most that are guessed for a sequence which runs alone (lookup.py); 0 guesses nothing.
+    speculate_tokens: the most draft tokens for a sequence that runs alone (prompt_lookup.py); 0 is off.
     """
 
     def __init__(
@@ -82,14 +82,14 @@ class Scheduler:
         drafts = self._lookup_of(seq).draft(seq, min(most, self.speculate_tokens))
         return drafts if self.cache.extend(seq, seq.n_tokens + len(drafts)) else []
 
-    def judge(self, seq: Sequence, n_drafted: int, n_accepted: int) -> None:
-        """Note how many drafts were right: those are in the cache like any computed token, the others are forgotten."""
+    def accept(self, seq: Sequence, n_drafted: int, n_accepted: int) -> None:
+        """Count the accepted drafts as computed: they are in the cache like any token. The others are overwritten."""
         seq.n_computed += n_accepted
         seq.n_drafted += n_drafted
         seq.n_accepted += n_accepted
-        self._lookup_of(seq).learn(n_accepted)
+        self._lookup_of(seq).accepted(n_accepted)
 
-    def undo(self, seq: Sequence) -> None:
+    def recompute(self, seq: Sequence) -> None:
         """Forget all that is computed of a sequence and compute it again, without drafts from now on."""
         seq.may_draft = False
         self.cache.zero(seq)

@@ -72,10 +72,10 @@ class Timings:
 class Sequence:
     """The engine's record of one sequence. Owned by the engine's thread once submitted.
 
-    n_computed: tokens whose keys and values are in the cache.  n_pending: tokens that a step has drawn, but that have
-    not been read back from the device yet.  n_drafted, n_accepted: tokens guessed by look-up, and how many were right.
-    may_draft: whether to guess.  block_keys: chained digests of the prompt's full blocks.  events: where tokens go as
-    they come, then None; several sequences may share one queue.
+    n_computed: tokens whose keys and values are in the cache.  n_pending: tokens that a step has sampled, but that have
+    not been read back from the device yet.  n_drafted, n_accepted: draft tokens of prompt lookup, and those accepted.
+    may_draft: whether it may have drafts.  block_keys: chained digests of the prompt's full blocks.  events: where
+    tokens go as they come, then None; several sequences may share one queue.
     """
 
     prompt: list[int]
@@ -116,11 +116,6 @@ class Sequence:
     def n_tokens(self) -> int:
         """Prompt and generated tokens together."""
         return len(self.prompt) + len(self.out)
-
-    @property
-    def n_max(self) -> int:
-        """The most tokens that can ever be in the cache: the last generated one is never fed back."""
-        return len(self.prompt) + self.params.max_new_tokens - 1
 
     @property
     def wants_more(self) -> bool:

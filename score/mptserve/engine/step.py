@@ -24,7 +24,7 @@ class Chunk:
     n: int
 
 
-class Row(NamedTuple):
+class DecodeRow(NamedTuple):
     """A decoding row: the token at `position`, whose predecessors are in the cache or in rows of the same step."""
 
     seq: Sequence
@@ -41,7 +41,7 @@ N: the step's tokens, the decoding rows first, then the chunks, one after anothe
 class Attention(Protocol):
     """Attention over one kind of KV cache. `plan` works out what all layers of a step share."""
 
-    def plan(self, decodes: Seq[Row], chunks: Seq[Chunk]) -> AttentionPlan: ...
+    def plan(self, decodes: Seq[DecodeRow], chunks: Seq[Chunk]) -> AttentionPlan: ...
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""API keys of the container door: a file of them, compared in constant time, read again when it changes."""
+"""API keys of the OpenAI server: a file of them, compared in constant time, read again when it changes."""
 
 import hashlib
 import hmac

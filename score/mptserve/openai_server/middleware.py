@@ -1,4 +1,4 @@
-"""The edge of the container door, before any route: request ids, keys, whole bodies of a bounded size."""
+"""The edge of the OpenAI server, before any route: request ids, keys, whole bodies of a bounded size."""
 
 import asyncio
 import json

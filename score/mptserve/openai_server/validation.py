@@ -1,4 +1,4 @@
-"""What pydantic found wrong with a request, in the words of the other doors: field, rule, the value's type or size."""
+"""What pydantic found wrong with a request, as the other servers say it: field, rule, the value's type or size."""
 
 from typing import Any
 

@@ -20,7 +20,7 @@ from mptserve.engine.cpu import kernels, windows
 from mptserve.engine.cpu.slot_cache import SlotCache
 from mptserve.engine.model import alibi_slopes
 from mptserve.engine.sequence import BLOCK
-from mptserve.engine.step import Chunk, Row
+from mptserve.engine.step import Chunk, DecodeRow
 
 
 class SlotAttention:
@@ -35,7 +35,7 @@ class SlotAttention:
         self.cache, self.scale = cache, config.scale
         self.slopes = alibi_slopes(config.n_heads, config.alibi_bias_max)
 
-    def plan(self, decodes: Seq[Row], chunks: Seq[Chunk]) -> "SlotPlan":
+    def plan(self, decodes: Seq[DecodeRow], chunks: Seq[Chunk]) -> "SlotPlan":
         return SlotPlan(self, decodes, chunks)
 
 
@@ -56,7 +56,7 @@ class _Tile(NamedTuple):
 class SlotPlan:
     """One step's attention; call it with (layer, q [N, H, D], kv [N, 2, H, D])."""
 
-    def __init__(self, attention: SlotAttention, decodes: Seq[Row], chunks: Seq[Chunk]) -> None:
+    def __init__(self, attention: SlotAttention, decodes: Seq[DecodeRow], chunks: Seq[Chunk]) -> None:
         self.cache, self.scale, self.slopes = attention.cache, attention.scale, attention.slopes
         rows = [_Tile(row.seq.slot, row.position, i, 1) for i, row in enumerate(decodes)]
         tiles = _tiles(chunks, len(rows))

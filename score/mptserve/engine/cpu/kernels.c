@@ -226,7 +226,7 @@ static void to_words(int bits, const float *x, int K, word *out, float *step, in
 /* ---- linear layers ---- */
 
 #define PAD 16 /* words after each row of activations: rows a power of two apart would push each other out of the cache */
-#define AHEAD 2048 /* bytes of weights asked for before their turn: the processor's own guess ends with the page */
+#define AHEAD 2048 /* bytes of weights that are prefetched; the processor's own prefetching ends with the page */
 
 typedef struct {
   int M, N, K;

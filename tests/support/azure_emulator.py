@@ -1,4 +1,4 @@
-"""What the tests against Azure on the desk share: the real SDK's client, callers of the front door, a small model."""
+"""What the tests of the local Azure emulator share: the real SDK's client, callers of an endpoint, a small model."""
 
 import os
 import threading
@@ -41,8 +41,8 @@ def run(request):
 '''
 
 
-class Desk:
-    """A client of the real SDK against Azure on the desk."""
+class Emulator:
+    """A client of the real SDK against the local Azure emulator."""
 
     def __init__(self, azure: LocalAzure) -> None:
         from azure.ai.ml import MLClient
@@ -123,7 +123,7 @@ class Desk:
     def post(
         self, name: str, body: Any, *, key: str | None = None, deployment: str = "", stream: bool = False
     ) -> requests.Response:
-        """Post to the front door as any client would: a raw body, a JSON content type, a key."""
+        """Post to the front end as any client would: a raw body, a JSON content type, a key."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key or self.key(name)}"}
         if deployment:
             headers["azureml-model-deployment"] = deployment
@@ -139,13 +139,13 @@ class Desk:
 
 
 @contextmanager
-def desk_in(folder: Path) -> Iterator[Desk]:
+def emulator_in(folder: Path) -> Iterator[Emulator]:
     """Start Azure below `folder` and point this process's SDK at it; both end with the block."""
     before = dict(os.environ)
     with LocalAzure(folder) as azure:
         os.environ.update(azure.environ)
         try:
-            yield Desk(azure)
+            yield Emulator(azure)
         finally:
             os.environ.clear()
             os.environ.update(before)
@@ -158,10 +158,10 @@ def write_parrot(folder: Path) -> Path:
 
 
 class Load:
-    """Callers that ask the front door without a pause until the block ends; their answers are in `replies`."""
+    """Callers that ask the front end without a pause until the block ends; their answers are in `replies`."""
 
-    def __init__(self, desk: Desk, endpoint: str, body: Any, callers: int) -> None:
-        self.desk, self.endpoint, self.body, self.key = desk, endpoint, body, desk.key(endpoint)
+    def __init__(self, emulator: Emulator, endpoint: str, body: Any, callers: int) -> None:
+        self.emulator, self.endpoint, self.body, self.key = emulator, endpoint, body, emulator.key(endpoint)
         self.replies: list[tuple[int, str]] = []
         self.failures: list[str] = []
         self._stop = threading.Event()
@@ -170,7 +170,7 @@ class Load:
     def _ask(self) -> None:
         while not self._stop.is_set():
             with self._failures_kept():
-                reply = self.desk.post(self.endpoint, self.body, key=self.key)
+                reply = self.emulator.post(self.endpoint, self.body, key=self.key)
                 self.replies.append((reply.status_code, reply.headers.get("azureml-model-deployment", "")))
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""The container door, really served: as a process of its own on the embedded model."""
+"""The OpenAI server, really served: as a process of its own on the embedded model."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from pathlib import Path
 from serving import MODEL_DIR, PATIENCE_S, ROOT, eventually, get
 
 
-class Door:
+class OpenAIServer:
     """`python score/openai_app.py` on a free port; a context manager that ends it. `output`: its log, line by line."""
 
     def __init__(self, environ: Mapping[str, str] | None = None, model_dir: Path = MODEL_DIR) -> None:
@@ -31,7 +31,7 @@ class Door:
         for line in self.process.stdout:
             self.output.append(line)
 
-    def __enter__(self) -> "Door":
+    def __enter__(self) -> "OpenAIServer":
         eventually(lambda: self.process.poll() is not None or get(self.port, "/health/ready").status == 200, "ready")
         assert self.process.poll() is None, self.output
         return self

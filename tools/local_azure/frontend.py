@@ -1,8 +1,8 @@
-"""An endpoint's front door: who may ask, which deployment answers, and what becomes of its status.
+"""An endpoint's front end: who may ask, which deployment answers, and what becomes of its status.
 
 Sources, by name: TSG = how-to-troubleshoot-online-endpoints.md, "Common error codes for managed online endpoints";
 ROLLOUT = how-to-safely-rollout-online-endpoints.md; AUTH = how-to-authenticate-online-endpoint.md (MicrosoftDocs/
-azure-ai-docs). What no page says is marked GUESS.
+azure-ai-docs). What no page says is marked ASSUMED.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "HEAD"]
 DEPLOYMENT_HEADER = "azureml-model-deployment"
 
 
-class FrontDoor:
+class Frontend:
     """Answers https://…/endpoints/NAME/…; in Azure it is https://NAME.REGION.inference.ml.azure.com/…"""
 
     def __init__(self, endpoints: Mapping[str, Endpoint], entra_tokens: set[str]) -> None:
@@ -43,12 +43,12 @@ class FrontDoor:
         await self.client.aclose()
 
     async def answer(self, request: Request) -> Response:
-        """Answer one request. Paths other than /score go to the container too (GUESS)."""
+        """Answer one request. Paths other than /score go to the container too (ASSUMED)."""
         endpoint = self.endpoints.get(request.path_params["endpoint"])
         if endpoint is None:
             return _error(404, "NotFound", "there is no such endpoint")
         if not self._may_ask(endpoint, request):
-            # TSG 401. Its body is not documented: GUESS.
+            # TSG 401. Its body is not documented: ASSUMED.
             return _error(401, "Unauthorized", "the key or token is missing, wrong or expired")
         deployment = self._route(endpoint, request)
         if deployment is None:
@@ -80,7 +80,7 @@ class FrontDoor:
                 return given in self.entra_tokens
 
     def _route(self, endpoint: Endpoint, request: Request) -> Deployment | None:
-        """ROLLOUT: the header names a deployment whatever the traffic says; else by weight. Drawing lots: GUESS."""
+        """ROLLOUT: the header names a deployment whatever the traffic says; else by weight. Drawing lots: ASSUMED."""
         if named := request.headers.get(DEPLOYMENT_HEADER):
             return endpoint.deployments.get(named)
         weights = {name: w for name, w in endpoint.traffic.items() if w > 0 and name in endpoint.deployments}
@@ -92,7 +92,7 @@ class FrontDoor:
     def _mirror(self, endpoint: Endpoint, request: Request, body: bytes) -> None:
         """ROLLOUT, mirroring: a share of live requests is copied to a deployment whose answers nobody sees.
 
-        Requests that name a deployment are not copied. A copy that finds its deployment full is dropped: GUESS.
+        Requests that name a deployment are not copied. A copy that finds its deployment full is dropped: ASSUMED.
         """
         if request.headers.get(DEPLOYMENT_HEADER):
             return
@@ -124,7 +124,7 @@ class FrontDoor:
         gone = asyncio.create_task(_gone(request))
         try:
             await asyncio.wait([call, gone], timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
-            if not call.done():  # a caller who hangs up is not waited for either: the container sees it. GUESS.
+            if not call.done():  # a caller who hangs up is not waited for either: the container sees it. ASSUMED.
                 call.cancel()
                 await asyncio.wait([call])
                 release.close()
@@ -132,15 +132,15 @@ class FrontDoor:
                 return _error(408, "RequestTimeout", f"the model took longer than {limit_ms:.0f} ms")  # TSG 408
             upstream = call.result()
         except httpx2.HTTPError as exc:
-            # The container died under the request. TSG names 424 for failing probes; for this case: GUESS.
+            # The container died under the request. TSG names 424 for failing probes; for this case: ASSUMED.
             release.close()
             return _error(424, "ModelError", f"the model's container did not answer: {type(exc).__name__}")
         finally:
             gone.cancel()
         headers = {k: v for k, v in upstream.headers.items() if k not in HOP_BY_HOP}
-        headers[DEPLOYMENT_HEADER] = deployment.name  # GUESS
+        headers[DEPLOYMENT_HEADER] = deployment.name  # ASSUMED
         status = upstream.status_code
-        if status != 200:  # TSG 424; the body passing through, 2xx other than 200 included: GUESS
+        if status != 200:  # TSG 424; the body passing through, 2xx other than 200 included: ASSUMED
             headers |= {
                 "ms-azureml-model-error-statuscode": str(status),
                 "ms-azureml-model-error-reason": upstream.reason_phrase or "model_error",
@@ -151,7 +151,7 @@ class FrontDoor:
     async def _call(
         self, deployment: Deployment, request: Request, body: bytes, release: contextlib.ExitStack
     ) -> httpx2.Response:
-        """Return an instance's answer, its body still unread. Waits while no instance is ready: GUESS.
+        """Return an instance's answer, its body still unread. Waits while no instance is ready: ASSUMED.
 
         A connection that is refused lost nothing, so another instance may be asked; anything later is an error.
         """
@@ -195,7 +195,7 @@ class _Piped(StreamingResponse):
 
 
 async def _pieces(upstream: httpx2.Response, deadline: float, release: contextlib.ExitStack) -> AsyncIterator[bytes]:
-    """Yield the body as it comes. Past the deadline, or when the container dies, it breaks off: GUESS for both.
+    """Yield the body as it comes. Past the deadline, or when the container dies, it breaks off: ASSUMED for both.
 
     Its place is free before the caller sees the end: one that asks again at once must not find itself in the way.
     """
@@ -225,5 +225,5 @@ def _leave(place: Deployment | Instance) -> None:
 
 
 def _error(status: int, code: str, message: str) -> JSONResponse:
-    """Return an error of the front door itself. Azure's own wording is not documented: GUESS."""
+    """Return an error of the front end itself. Azure's own wording is not documented: ASSUMED."""
     return JSONResponse({"error": {"code": code, "message": message}}, status)
