@@ -21,7 +21,8 @@ from torch import Tensor
 from mptserve.commands.quantize import calibration_windows
 from mptserve.engine import Job, SamplingParams
 from mptserve.engine.checkpoint.config import MPTConfig, read_config
-from mptserve.engine.checkpoint.reading import WeightReader, find_checkpoint
+from mptserve.engine.checkpoint.finding import find_checkpoint
+from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.checkpoint.writing import write_quantized
 from mptserve.engine.cpu.attention import SlotAttention
 from mptserve.engine.cpu.linear import CompiledLinear

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from mptserve.engine import Engine, Job, SamplingParams, Sequence, TokenQueue, TokenSink
 from mptserve.engine.checkpoint.config import read_config
-from mptserve.engine.checkpoint.reading import find_checkpoint
+from mptserve.engine.checkpoint.finding import find_checkpoint
 from mptserve.engine.sampling import derived_seed
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.errors import (

@@ -103,6 +103,20 @@ def test_a_prefix_survives_its_sequence_until_room_is_needed(paged: bool) -> Non
     assert cache.n_free_blocks == 0
 
 
+def test_a_prefix_that_two_slots_have_is_found_until_both_have_lost_it() -> None:
+    cache = make(paged=False)
+    first, second = sequence([1] * 70 + [2] * 20), sequence([1] * 70 + [3] * 20)
+    for seq in (first, second):
+        assert cache.acquire(seq)
+        seq.n_computed = seq.n_prompt
+        cache.register(seq)
+    assert second.n_reused == 64
+    cache.zero(second)
+    assert cache.matched(sequence([1] * 70)) == 2
+    cache.zero(first)
+    assert cache.matched(sequence([1] * 70)) == 0
+
+
 def test_a_whole_prompt_in_the_cache_still_computes_its_last_block() -> None:
     """64 tokens are two full blocks, but the last token's logits are needed."""
     for paged in (False, True):

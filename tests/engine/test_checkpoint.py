@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mptserve.engine.checkpoint.config import parse_config, read_config
-from mptserve.engine.checkpoint.reading import Checkpoint, WeightReader, find_checkpoint, weight_files
+from mptserve.engine.checkpoint.finding import Checkpoint, find_checkpoint, weight_files
+from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.errors import BadWeights, ModelNotFound
 from tiny import random_tensors, tiny_config, write_checkpoint, write_weights
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mptserve.engine.cpu import kernels as cpu_kernels
+from mptserve.engine.cpu import library
 from mptserve.engine.cpu.kernels import attend, attend_tiles, linear, pack, store, why_no_cpu_kernels
 from mptserve.engine.cpu.linear import CompiledLinear
 from mptserve.engine.devices import choose_placement
@@ -51,14 +52,14 @@ def processor(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compile for this processor, and for every kind that it can pretend to be."""
     forget()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernels, "_FLAGS", with_march(PROCESSORS[request.param]))
+        patch.setattr(library, "FLAGS", with_march(PROCESSORS[request.param]))
         assert why_no_cpu_kernels() == ""
         yield
     forget()
 
 
 def with_march(flags: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(f for f in cpu_kernels._FLAGS if not f.startswith("-march")) + flags
+    return tuple(f for f in library.FLAGS if not f.startswith("-march")) + flags
 
 
 @pytest.mark.parametrize("kind", [kind for kind, flags in PROCESSORS.items() if missing(flags)])
@@ -66,11 +67,11 @@ def test_what_this_processor_cannot_run_is_compiled_without_a_warning(kind: str,
     gcc = shutil.which("gcc")
     assert gcc
     command = [gcc, *with_march(PROCESSORS[kind]), "-Wall", "-Wno-maybe-uninitialized", "-Werror"]
-    subprocess.run([*command, "-c", str(cpu_kernels._SOURCE), "-o", str(tmp_path / "kernels.o")], check=True)
+    subprocess.run([*command, "-c", str(library.SOURCE), "-o", str(tmp_path / "kernels.o")], check=True)
 
 
 def forget() -> None:
-    cpu_kernels._library.cache_clear()
+    library.library.cache_clear()
     cpu_kernels.layout.cache_clear()
     why_no_cpu_kernels.cache_clear()
 
@@ -273,7 +274,7 @@ def test_the_library_is_compiled_once_and_kept_where_only_its_owner_writes(
     (kept,) = folder.iterdir()
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     forget()
-    monkeypatch.setattr(cpu_kernels, "_compile", lambda *_: pytest.fail("compiled again"))
+    monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled again"))
     assert why_no_cpu_kernels() == ""
     monkeypatch.undo()
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -302,7 +303,7 @@ def test_without_them_float32_computes_and_the_log_says_why(
     elif lacking == "processor":
         monkeypatch.setattr(platform, "machine", lambda: "aarch64")
     elif lacking == "instructions":
-        monkeypatch.setattr(cpu_kernels, "_FLAGS", with_march(("-march=x86-64",)))
+        monkeypatch.setattr(library, "FLAGS", with_march(("-march=x86-64",)))
     else:
         monkeypatch.setattr(cpu_kernels, "linear", lambda x, weight: torch.full((len(x), weight.n_out), torch.nan))
     with caplog.at_level(logging.WARNING):
@@ -318,5 +319,5 @@ def test_without_them_float32_computes_and_the_log_says_why(
 
 def test_groups_are_those_of_the_checkpoint() -> None:
     """The kernel has the number in its own words."""
-    source = cpu_kernels._SOURCE.read_text(encoding="utf-8")
+    source = library.SOURCE.read_text(encoding="utf-8")
     assert f"#define GROUP {GROUP} " in source

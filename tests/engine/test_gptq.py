@@ -15,7 +15,8 @@ from mptserve.azure_server.launch import progress_line
 from mptserve.cli import main
 from mptserve.commands.check import main as check
 from mptserve.engine.checkpoint.config import parse_config, read_config
-from mptserve.engine.checkpoint.reading import Checkpoint, WeightReader
+from mptserve.engine.checkpoint.finding import Checkpoint
+from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.checkpoint.writing import write_quantized
 from mptserve.engine.devices import load_model
 from mptserve.engine.placement import Placement

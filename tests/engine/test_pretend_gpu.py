@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton has no build for this platform")
 from engines import Tiny, load_tiny, make_engine, random_ids
 from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.checkpoint.config import read_config
-from mptserve.engine.checkpoint.reading import Checkpoint
+from mptserve.engine.checkpoint.finding import Checkpoint
 from mptserve.engine.checkpoint.writing import write_quantized
 from mptserve.engine.start import EngineOptions, start_engine
 from mptserve.errors import BadSetting

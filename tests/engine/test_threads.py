@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mptserve.engine.cpu.step_threads import StepThreads, ThreadSpeed
+from mptserve.engine.cpu.step_threads import StepThreads
+from mptserve.engine.threads import ThreadSpeed
 
 
 class Machine:

@@ -194,7 +194,7 @@ EDGE = {
     "azureml_inference_server_http",
 }
 TEXT = {"tokenizers", "json", "jsonschema", "yaml", "prometheus_client"}
-MAY_READ_JSON = {"config.py", "reading.py", "writing.py"}
+MAY_READ_JSON = {"config.py", "finding.py", "writing.py"}
 """A checkpoint's config and index are JSON files."""
 
 

@@ -9,7 +9,8 @@ import torch
 from engines import CPU, all_logits, needs_kernels, random_ids
 from mptserve.cli import main
 from mptserve.engine.checkpoint.config import read_config
-from mptserve.engine.checkpoint.reading import Checkpoint, WeightReader, weight_files
+from mptserve.engine.checkpoint.finding import Checkpoint, weight_files
+from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.checkpoint.writing import write_quantized
 from mptserve.engine.devices import load_model
 from mptserve.engine.placement import Placement

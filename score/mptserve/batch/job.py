@@ -15,7 +15,7 @@ from mptserve.batch.progress import Progress
 from mptserve.batch.results import ResultFile
 from mptserve.batch.rows import RowRequests
 from mptserve.batch.summary import Summaries, now
-from mptserve.engine.checkpoint.reading import find_checkpoint, weight_files
+from mptserve.engine.checkpoint.finding import find_checkpoint, weight_files
 from mptserve.errors import BadSetting
 from mptserve.service import Service
 from mptserve.settings import Settings
@@ -115,7 +115,7 @@ class BatchJob:
 def unhurried(settings: Settings) -> Settings:
     """Return the settings of the online server without what protects its callers from each other.
 
-    A row waits for nobody, so there is no deadline to keep; how much is queued is decided in flow.py.
+    A row waits for nobody, so there is no deadline to keep; how much is queued is decided in pipeline.py.
     """
     return dataclasses.replace(settings, deadline_ms=NO_DEADLINE_MS, queue_limit=1_000_000)
 

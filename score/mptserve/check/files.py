@@ -11,7 +11,7 @@ import yaml
 from mptserve.check.document import Document, Pointer
 from mptserve.check.problem import Problem
 from mptserve.engine.checkpoint.config import read_config
-from mptserve.engine.checkpoint.reading import find_checkpoint
+from mptserve.engine.checkpoint.finding import find_checkpoint
 from mptserve.errors import StartupError
 
 HOST_FILES = ("config.json", "logging.json")

@@ -8,7 +8,7 @@ from mptserve.check.document import Document
 from mptserve.check.problem import Problem
 from mptserve.check.skus import Sku, families, fit, nearest_sku, skus
 from mptserve.engine.checkpoint.config import MPTConfig, read_config
-from mptserve.engine.checkpoint.reading import find_checkpoint
+from mptserve.engine.checkpoint.finding import find_checkpoint
 from mptserve.errors import StartupError
 
 OLDEST_CAPABILITY = 7.5

@@ -16,7 +16,8 @@ import torch
 
 from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.checkpoint.config import MPTConfig, read_config
-from mptserve.engine.checkpoint.reading import WeightReader, find_checkpoint
+from mptserve.engine.checkpoint.finding import find_checkpoint
+from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.devices import choose_placement
 from mptserve.engine.memory import use_huge_pages
 from mptserve.engine.placement import Placement, chosen_quant

@@ -7,7 +7,7 @@ from pathlib import Path
 from mptserve.check import RULES, SdkMissing, check_file, yaml_files
 from mptserve.check.skus import Sku, fit, nearest_sku, skus
 from mptserve.engine.checkpoint.config import MPTConfig, read_config
-from mptserve.engine.checkpoint.reading import find_checkpoint
+from mptserve.engine.checkpoint.finding import find_checkpoint
 from mptserve.errors import StartupError
 
 

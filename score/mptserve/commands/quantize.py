@@ -11,7 +11,7 @@ from mptserve.errors import BadCalibration, StartupError
 if TYPE_CHECKING:  # PyTorch, which other commands can do without
     from torch import Tensor
 
-    from mptserve.engine.checkpoint.reading import Checkpoint
+    from mptserve.engine.checkpoint.finding import Checkpoint
 
 WINDOW = 512
 """Tokens of calibration text that see each other, where the model's context has room for so many."""
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the checkpoint; return the exit status."""
     import torch
 
-    from mptserve.engine.checkpoint.reading import find_checkpoint
+    from mptserve.engine.checkpoint.finding import find_checkpoint
     from mptserve.engine.checkpoint.writing import write_quantized
 
     quant = args.quant or ("int8" if args.calibrate is None else "int4")

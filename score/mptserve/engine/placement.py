@@ -18,7 +18,7 @@ MIN_KV_TOKENS = 2048
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model runs. kv_dtype: of the keys and values, float32 on a CPU (see kv_cache.py), the model's own or
+    """Where a model runs. kv_dtype: of the keys and values, float32 on a CPU (cpu/slot_cache.py), the model's own or
     int8 on a GPU.  kernels: whether our own run there, Triton's on a GPU, those in C on a CPU.  quant: None, or how
     linear weights are held.  bf16_weights: whether the kernels in C compute with bfloat16 weights, for a float32 model
     whose checkpoint is bfloat16, or a bfloat16 model on a processor without bfloat16 instructions."""

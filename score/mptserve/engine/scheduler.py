@@ -1,10 +1,10 @@
-"""Decides what the next step computes: who is admitted, who decodes, whose prompt goes on, who must make room.
+"""Decides what the next step computes: which sequences are admitted, which decode, and which prompts continue.
 
 Continuous batching (Orca, OSDI 2022): sequences join and leave between steps. Admission is first come, first served,
-as soon as the cache has room for the prompt; nobody overtakes, so nobody starves. Prompts are computed in chunks next
-to the decoding rows, so that a long one does not stall the others. When memory runs out, the youngest sequence gives
-its room back and returns to the head of the queue; what it had generated is kept and only its keys and values are
-computed again, in the same way as the first time, so its answer is the same.
+as soon as the cache has room for the prompt, so no sequence starves. Prompts are computed in chunks next to the
+decoding rows, so that a long one does not stall the others. When memory runs out, the youngest sequence is preempted:
+it releases its memory and returns to the head of the queue. Its generated tokens are kept; only their keys and values
+are computed again, in the same way as the first time, so its answer is the same.
 """
 
 import time
@@ -19,8 +19,8 @@ from mptserve.engine.step import Chunk
 class Scheduler:
     """Queues and cache of one engine. Only the engine's thread calls it.
 
-    exact_resume: after a preemption, feed generated tokens one by one as the first time, instead of as one prompt;
-    slower, but bit for bit the same (worth it on a CPU, where the kernels are exact too).
+    exact_resume: after a preemption, compute generated tokens one by one as the first time, instead of as one prompt;
+    slower, but bit for bit the same (where the kernels in C run, whose rows do not depend on their neighbours).
     speculate_tokens: the most draft tokens for a sequence that runs alone (prompt_lookup.py); 0 is off.
     """
 
@@ -51,7 +51,7 @@ class Scheduler:
     def next_step(self) -> tuple[list[Sequence], list[Chunk]]:
         """Return (decoding rows, prompt chunks) of the next step; both empty when there is nothing to do."""
         self._admit()
-        for seq in [s for s in self.running if s.wants_more]:  # oldest first, so it is the youngest that make room
+        for seq in [s for s in self.running if s.wants_more]:  # the oldest first: the youngest are preempted
             while seq in self.running and not self.cache.extend(seq, seq.n_computed + 1):
                 self._preempt(self.running[-1])
         budget = self.prefill_tokens
@@ -76,7 +76,7 @@ class Scheduler:
         if not self.may_draft or chunks or len(decodes) != 1:
             return []
         seq = decodes[0]
-        most = seq.params.max_new_tokens - len(seq.out) - 1  # the step draws one token more than it has drafts
+        most = seq.params.max_new_tokens - len(seq.out) - 1  # the step samples one token more than it has drafts
         if most < 1 or not seq.may_draft or seq.n_computed + 1 != seq.n_tokens:
             return []
         drafts = self._lookup_of(seq).draft(seq, min(most, self.speculate_tokens))
@@ -110,7 +110,7 @@ class Scheduler:
             self.cache.register(chunk.seq)
 
     def remove_finished(self) -> None:
-        """Drop finished, cancelled and late sequences, wherever they are, and free their memory."""
+        """Drop sequences that finished, were cancelled or passed their deadline, and free their memory."""
         ended = [seq for seq in (*self.running, *self.waiting) if seq.expire()]
         if not ended:
             return
@@ -132,7 +132,7 @@ class Scheduler:
             self.running.append(seq)
 
     def _prefix_is_coming(self, seq: Sequence) -> bool:
-        """Whether a running prompt is about to compute blocks that `seq` could then reuse (the same prompt n times)."""
+        """Whether a running prompt will compute blocks that `seq` can then reuse (the same prompt several times)."""
         keys = reusable_keys(seq)
         if not keys:
             return False

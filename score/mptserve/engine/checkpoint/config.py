@@ -21,8 +21,8 @@ QUANT_METHOD = "mptserve"
 class MPTConfig:
     """What the forward pass needs to know. Field names are the checkpoint's own.
 
-    quant: "int8" or "int4" when the checkpoint's linear layers are stored so (quantization.py), else None.
-    calibration_tokens: of the text for which GPTQ rounded them (gptq.py); 0: they are the nearest codes.
+    quant: "int8" or "int4" when the checkpoint's linear layers are stored so (quantization/codes.py), else None.
+    calibration_tokens: of the text that GPTQ rounded them for (gptq.py); 0: they were rounded to the nearest code.
     """
 
     d_model: int
@@ -47,7 +47,7 @@ class MPTConfig:
 
     @property
     def rounding(self) -> str:
-        """How stored codes were found."""
+        """How weights were rounded to codes."""
         return "gptq" if self.calibration_tokens else "nearest"
 
     @property

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mptserve.engine.checkpoint.config import quantization_config, read_config
-from mptserve.engine.checkpoint.reading import Checkpoint, WeightReader, weight_files
+from mptserve.engine.checkpoint.finding import Checkpoint, weight_files
+from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.quantization.calibration import calibrated_weights
 from mptserve.engine.quantization.codes import Quantized, check_quantizable, is_quantized, quantize
 from mptserve.errors import UnsupportedModel

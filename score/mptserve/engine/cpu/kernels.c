@@ -1,11 +1,12 @@
 /* Linear layers with weights in bfloat16, 8 or 4 bits, and attention, for x86 processors with AVX2 or more.
 
-   Compiled by cpu_kernels.py on the machine that runs it; everything here is deterministic: what a row's output is
-   depends on its input alone, not on the rows beside it and not on the number of threads.
+   Compiled by library.py on the machine that runs it. Everything here is deterministic: a row's output depends on its
+   input alone, not on the rows beside it and not on the number of threads.
 
-   Vectors are GCC's, as wide as the processor's; only products of bytes and what goes across a vector name instructions.
+   Vectors are GCC's, as wide as the processor's. Only products of bytes and reductions of a vector name instructions.
 
-   Letters as in model.py: N outputs, K inputs, M rows, H heads, D head size. A panel is two vectors of outputs. */
+   Shape letters as in model.py: N tokens of a step, H heads, D head size; T tokens of a slot. A panel is two vectors of
+   outputs of a linear layer. */
 
 #include <immintrin.h>
 #include <math.h>
@@ -37,10 +38,10 @@ typedef uint16_t pairs __attribute__((vector_size(4 * LANES)));
 typedef int8_t few __attribute__((vector_size(LANES)));
 
 /* ---- what the sets of instructions do differently ----
-   ROWS: for which a panel is read once, as many as the registers hold sums of.  ROWS4: in 4 bits, which has sums of a group
-   beside those of the row.
-   code8: a vector of 8-bit codes as dot8 takes it.  dot8: acc + sums of 4 neighbours of w * a, code being code8(w).
-   dot4: part + sums of neighbours of w * a for 4-bit w.  total4: at most 8 of those sums as sums of 4 neighbours. */
+   ROWS: rows that one pass over a panel computes, as many as the registers hold sums of.  ROWS4: the same for 4 bits,
+   which need sums of a group beside those of the row.
+   code8: loads 8-bit codes for dot8.  dot8: acc + sums of 4 neighbours of w * a, where code is code8(w).
+   dot4: part + sums of neighbours of w * a for 4-bit w.  total4: turns up to 8 such sums into sums of 4 neighbours. */
 
 #if defined(__AVX512VNNI__)
 #define ROWS 12
@@ -89,8 +90,8 @@ INLINE ints dot8(ints acc, bytes code, const uint8_t *w, ints a) { return (void)
 INLINE ints dot4(ints part, bytes w, ints a) { return dot(part, w, a); }
 INLINE ints total4(ints part) { return part; }
 #else
-/* Products are added in pairs, in 16 bits, where 2 * 255 * 127 has no room: 8-bit codes are signed, and give their sign to
-   the activation. With 4 bits eight pairs have room: 8 * 2 * 15 * 127 < 2^15. */
+/* Products are added in pairs, in 16 bits, where 2 * 255 * 127 overflows. So 8-bit codes are signed, and pass their sign
+   to the activation. With 4 bits eight pairs fit: 8 * 2 * 15 * 127 < 2^15. */
 #define OFFSET 0
 INLINE ints pairs_added(__m256i x) { return (ints)_mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
 INLINE bytes code8(const uint8_t *w) { return (bytes)_mm256_abs_epi8(_mm256_load_si256((const __m256i *)w)); }
@@ -104,7 +105,7 @@ INLINE ints dot4(ints part, bytes w, ints a) {
 INLINE ints total4(ints part) { return pairs_added((__m256i)part); }
 #endif
 
-/* How weights are to be laid out for this library: outputs of a panel, and what is added to 8-bit codes. */
+/* Say how this library reads weights: outputs of a panel, and what is added to 8-bit codes. */
 void layout(int *panel, int *offset) { *panel = PANEL, *offset = OFFSET; }
 
 /* ---- functions of floats ---- */
@@ -145,7 +146,7 @@ INLINE floats gelu_of(floats x) {
 
 /* ---- activations ---- */
 
-/* What a thread keeps from call to call. */
+/* Return this thread's buffer number `which`, of at least `size` bytes, kept from call to call; NULL without memory. */
 static void *buffer(int which, size_t size) {
   static __thread struct {
     void *at;
@@ -164,33 +165,34 @@ typedef struct {
   float eps;
 } norm;
 
-/* Write norm(x) to y, both [K], K a multiple of 32. */
-static void normed(const float *x, norm n, int K, float *y) {
+/* Write norm(x) to y, both [n_in], n_in a multiple of 32. */
+static void normed(const float *x, norm n, int n_in, float *y) {
   floats total = {}, squares = {};
-  for (int k = 0; k < K; k += LANES) total += load(x + k);
-  float mean = sum(total) / K;
-  for (int k = 0; k < K; k += LANES) {
+  for (int k = 0; k < n_in; k += LANES) total += load(x + k);
+  float mean = sum(total) / n_in;
+  for (int k = 0; k < n_in; k += LANES) {
     floats d = load(x + k) - mean;
     squares += d * d;
   }
-  float rstd = 1.0f / sqrtf(sum(squares) / K + n.eps);
-  for (int k = 0; k < K; k += LANES) {
+  float rstd = 1.0f / sqrtf(sum(squares) / n_in + n.eps);
+  for (int k = 0; k < n_in; k += LANES) {
     floats v = (load(x + k) - mean) * rstd * load(n.weight + k);
     *(loose *)(y + k) = n.bias ? v + load(n.bias + k) : v;
   }
 }
 
-/* Round x [K] to codes of -127 … 127; return what one step is worth, NaN if x has any or infinities; total: the sum. */
-INLINE float rounded(const float *x, int K, int8_t *codes, int *total) {
+/* Round x [n_in] to codes of -127 … 127; return the value of one step, or NaN if x has NaN or infinities.
+   total: the sum of the codes. */
+INLINE float rounded(const float *x, int n_in, int8_t *codes, int *total) {
   floats most = all(1e-30f), zeros = {};
-  for (int k = 0; k < K; k += LANES) {
+  for (int k = 0; k < n_in; k += LANES) {
     most = larger(size_of(load(x + k)), most);
     zeros += load(x + k) * 0.0f; /* or NaN */
   }
   const float largest = largest_of(most), scale = 127.0f / largest;
   const floats magic = all(12582912.0f);
   ints sums = {};
-  for (int k = 0; k < K; k += LANES) {
+  for (int k = 0; k < n_in; k += LANES) {
     ints code = (ints)(load(x + k) * scale + magic) - (ints)magic;
     few narrow = __builtin_convertvector(code, few);
     sums += code;
@@ -200,22 +202,22 @@ INLINE float rounded(const float *x, int K, int8_t *codes, int *total) {
   return largest / 127.0f + sum(zeros);
 }
 
-/* A row of activations is a row of words of 4 bytes: K floats for weights in bfloat16, K / 4 words of codes for 8 bits,
-   and for 4 bits GROUP_WORDS for each group: 8 words of codes, then what a code is worth, that times the sum of the
-   group's codes, and -8 times the sum. */
+/* A row of activations is a row of 4-byte words: n_in floats for weights in bfloat16, n_in / 4 words of codes for 8 bits,
+   and for 4 bits GROUP_WORDS for each group: 8 words of codes, the value of one step, that times the sum of the group's
+   codes, and -8 times the sum. */
 typedef union {
   float real;
   int32_t whole;
 } word;
 #define GROUP_WORDS 11
 
-static int words_of(int bits, int K) { return bits == 16 ? K : bits == 8 ? K / 4 : K / GROUP * GROUP_WORDS; }
+static int words_of(int bits, int n_in) { return bits == 16 ? n_in : bits == 8 ? n_in / 4 : n_in / GROUP * GROUP_WORDS; }
 
-/* Write row x [K] as words for weights of so many bits. step, total: of the row's codes, 8 bits only. */
-static void to_words(int bits, const float *x, int K, word *out, float *step, int *total) {
-  if (bits == 16) memcpy(out, x, (size_t)K * 4);
-  if (bits == 8) *step = rounded(x, K, (int8_t *)out, total);
-  for (int k = 0; bits == 4 && k < K; k += GROUP, out += GROUP_WORDS) {
+/* Write row x [n_in] as words for weights of `bits` bits. step, total: of the row's codes, 8 bits only. */
+static void to_words(int bits, const float *x, int n_in, word *out, float *step, int *total) {
+  if (bits == 16) memcpy(out, x, (size_t)n_in * 4);
+  if (bits == 8) *step = rounded(x, n_in, (int8_t *)out, total);
+  for (int k = 0; bits == 4 && k < n_in; k += GROUP, out += GROUP_WORDS) {
     int sum_of_codes;
     out[8].real = rounded(x + k, GROUP, (int8_t *)out, &sum_of_codes);
     out[9].real = out[8].real * sum_of_codes;
@@ -226,42 +228,42 @@ static void to_words(int bits, const float *x, int K, word *out, float *step, in
 /* ---- linear layers ---- */
 
 #define PAD 16 /* words after each row of activations: rows a power of two apart would push each other out of the cache */
-#define AHEAD 2048 /* bytes of weights that are prefetched; the processor's own prefetching ends with the page */
+#define AHEAD 2048 /* bytes between a weight and the one that is prefetched: the processor stops at the end of a page */
 
 typedef struct {
-  int M, N, K;
+  int n_rows, n_out, n_in;
   const uint8_t *w;
   const float *scale; /* per output; 8 bits only */
   const float *bias, *residual;
   int gelu;
   float *y;
-  const float *steps; /* [M], 8 bits only: what a code of the row is worth, and the sum of its codes */
+  const float *steps; /* [n_rows], 8 bits only: the value of one step of the row, and the sum of its codes */
   const int *totals;
 } layer;
 
-/* What becomes of a vector of row m's sums, from output n on: bias, GELU, residual, and where they go. */
+/* Finish a vector of row m's sums, from output n on: bias, GELU, residual; store it. */
 static __attribute__((noinline)) void finish(const layer *l, int m, int n, floats y) {
-  float *out = l->y + (size_t)m * l->N + n;
-  const float *residual = l->residual ? l->residual + (size_t)m * l->N + n : NULL;
-  if (n + LANES <= l->N) {
+  float *out = l->y + (size_t)m * l->n_out + n;
+  const float *residual = l->residual ? l->residual + (size_t)m * l->n_out + n : NULL;
+  if (n + LANES <= l->n_out) {
     if (l->bias) y += load(l->bias + n);
     if (l->gelu) y = gelu_of(y);
     if (residual) y += load(residual);
     *(loose *)out = y;
     return;
   }
-  for (int i = 0; n + i < l->N; i++) y[i] += l->bias ? l->bias[n + i] : 0;
+  for (int i = 0; n + i < l->n_out; i++) y[i] += l->bias ? l->bias[n + i] : 0;
   if (l->gelu) y = gelu_of(y);
-  for (int i = 0; n + i < l->N; i++) out[i] = y[i] + (residual ? residual[i] : 0);
+  for (int i = 0; n + i < l->n_out; i++) out[i] = y[i] + (residual ? residual[i] : 0);
 }
 
-/* One panel of 8-bit weights, [K / 4, PANEL, 4] bytes, with `rows` rows from m on, whose words are a [.., rows]. */
+/* One panel of 8-bit weights, [n_in / 4, PANEL, 4] bytes, with `rows` rows from m on, whose words are a [.., rows]. */
 INLINE void panel8(const layer *l, int rows, int m, int n, const word *a) {
-  const uint8_t *w = l->w + (size_t)n * l->K;
+  const uint8_t *w = l->w + (size_t)n * l->n_in;
   ints acc[ROWS][PARTS];
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS; p++) acc[r][p] = (ints){} - OFFSET * l->totals[m + r];
-  for (int k = 0; k < l->K; k += 4, w += 4 * PANEL, a += rows) {
+  for (int k = 0; k < l->n_in; k += 4, w += 4 * PANEL, a += rows) {
     for (int line = 0; line < 4 * PANEL; line += 64) __builtin_prefetch(w + AHEAD + line);
     for (int p = 0; p < PARTS; p++) {
       const bytes code = code8(w + p * sizeof code);
@@ -269,17 +271,17 @@ INLINE void panel8(const layer *l, int rows, int m, int n, const word *a) {
     }
   }
   for (int r = 0; r < rows; r++)
-    for (int p = 0; p < PARTS && n + p * LANES < l->N; p++)
+    for (int p = 0; p < PARTS && n + p * LANES < l->n_out; p++)
       finish(l, m + r, n + p * LANES,
              __builtin_convertvector(acc[r][p], floats) * (load(l->scale + n + p * LANES) * l->steps[m + r]));
 }
 
 /* The same for 4 bits: a group of the panel is [4, PANEL, 4] bytes, then its scales and zeros in bfloat16. Byte (j, n, t)
    holds the codes of output n for the group's inputs 4 j + t (low half) and 16 + 4 j + t (high half).
-   a: [K / 32, GROUP_WORDS, rows]. */
+   a: [n_in / 32, GROUP_WORDS, rows]. */
 #define GROUP_BYTES (PANEL * GROUP / 2 + 2 * 2 * PANEL)
 INLINE void panel4(const layer *l, int rows, int m, int n, const word *a) {
-  const int groups = l->K / GROUP;
+  const int groups = l->n_in / GROUP;
   const uint8_t *w = l->w + (size_t)(n / PANEL) * groups * GROUP_BYTES;
   floats y[ROWS4][PARTS];
   for (int r = 0; r < rows; r++)
@@ -313,17 +315,17 @@ INLINE void panel4(const layer *l, int rows, int m, int n, const word *a) {
     }
   }
   for (int r = 0; r < rows; r++)
-    for (int p = 0; p < PARTS && n + p * LANES < l->N; p++) finish(l, m + r, n + p * LANES, y[r][p]);
+    for (int p = 0; p < PARTS && n + p * LANES < l->n_out; p++) finish(l, m + r, n + p * LANES, y[r][p]);
 }
 
-/* The same for weights in bfloat16, which become float32 before they are multiplied: [K, LANES, 2], the outputs n and
-   n + LANES side by side. a: [K, rows]. */
+/* The same for weights in bfloat16, which become float32 before they are multiplied: [n_in, LANES, 2], the outputs n and
+   n + LANES side by side. a: [n_in, rows]. */
 INLINE void panel16(const layer *l, int rows, int m, int n, const word *a) {
-  const uint8_t *w = l->w + (size_t)n * l->K * 2;
+  const uint8_t *w = l->w + (size_t)n * l->n_in * 2;
   floats y[ROWS][PARTS];
   for (int r = 0; r < rows; r++)
     for (int p = 0; p < PARTS; p++) y[r][p] = (floats){};
-  for (int k = 0; k < l->K; k++, w += 2 * PANEL, a += rows) {
+  for (int k = 0; k < l->n_in; k++, w += 2 * PANEL, a += rows) {
     __builtin_prefetch(w + AHEAD);
     const uints both = *(const uints *)w;
     const floats part[PARTS] = {(floats)(both << 16), (floats)(both & 0xffff0000u)};
@@ -331,16 +333,16 @@ INLINE void panel16(const layer *l, int rows, int m, int n, const word *a) {
       for (int p = 0; p < PARTS; p++) y[r][p] += a[r].real * part[p];
   }
   for (int r = 0; r < rows; r++)
-    for (int p = 0; p < PARTS && n + p * LANES < l->N; p++) finish(l, m + r, n + p * LANES, y[r][p]);
+    for (int p = 0; p < PARTS && n + p * LANES < l->n_out; p++) finish(l, m + r, n + p * LANES, y[r][p]);
 }
 
-/* How many rows to take next: as few turns as possible, of about as many rows each. */
+/* Return how many rows to compute next: as few passes as possible, of about equal size. */
 static int at_once(int left, int most) {
   const int turns = (left + most - 1) / most;
   return (left + turns - 1) / turns;
 }
 
-/* Do `what` with R, a constant that the compiler can unroll for, being `rows`. */
+/* Run `what` with R, a constant that the compiler can unroll for, equal to `rows`. */
 #define WITH(rows, n, most, what) \
   if (rows == n && n <= most) { \
     enum { R = n <= most ? n : 1 }; \
@@ -351,36 +353,37 @@ static int at_once(int left, int most) {
   WITH(rows, 5, most, what) WITH(rows, 6, most, what) WITH(rows, 7, most, what) WITH(rows, 8, most, what) \
   WITH(rows, 9, most, what) WITH(rows, 10, most, what) WITH(rows, 11, most, what) WITH(rows, 12, most, what)
 
-/* y = f(norm(x) Wᵀ): x [M, K] float32 -> y [M, N]; norm, bias, GELU and residual where given. K: a multiple of 32.
-   bits: of a weight, 16, 8 or 4.  Returns 0, or 1 without memory. */
-int linear(int bits, int M, int N, int K, const float *x, const float *norm_weight, const float *norm_bias, float eps,
-           const uint8_t *w, const float *scale, const float *bias, const float *residual, int gelu, float *y) {
+/* y = f(norm(x) Wᵀ): x [n_rows, n_in] float32 -> y [n_rows, n_out]; norm, bias, GELU and residual where given.
+   bits: of a weight, 16, 8 or 4.  n_in: a multiple of 32.  Returns 0, or 1 without memory. */
+int linear(int bits, int n_rows, int n_out, int n_in, const float *x, const float *norm_weight, const float *norm_bias,
+           float eps, const uint8_t *w, const float *scale, const float *bias, const float *residual, int gelu, float *y) {
   const norm before = {norm_weight, norm_bias, eps};
-  const int panels = (N + PANEL - 1) / PANEL, words = words_of(bits, K), stride = words + PAD;
+  const int panels = (n_out + PANEL - 1) / PANEL, words = words_of(bits, n_in), stride = words + PAD;
   const int most = bits == 4 ? ROWS4 : ROWS;
-  word *each = buffer(0, (size_t)M * stride * 4), *together = buffer(1, (size_t)(M > 1 ? M : 0) * words * 4 + 1);
-  float *steps = buffer(2, (size_t)M * 8 + 1);
-  if (!M) return 0;
+  word *each = buffer(0, (size_t)n_rows * stride * 4);
+  word *together = buffer(1, (size_t)(n_rows > 1 ? n_rows : 0) * words * 4 + 1);
+  float *steps = buffer(2, (size_t)n_rows * 8 + 1);
+  if (!n_rows) return 0;
   if (!each || !together || !steps) return 1;
-  int *totals = (int *)(steps + M), failed = 0;
-  const layer l = {M, N, K, w, scale, bias, residual, gelu, y, steps, totals};
+  int *totals = (int *)(steps + n_rows), failed = 0;
+  const layer l = {n_rows, n_out, n_in, w, scale, bias, residual, gelu, y, steps, totals};
 #pragma omp parallel
   {
 #pragma omp for schedule(static)
-    for (int m = 0; m < M; m++) {
-      const float *row = x + (size_t)m * K;
-      float *own = norm_weight ? buffer(4, (size_t)K * 4) : NULL;
+    for (int m = 0; m < n_rows; m++) {
+      const float *row = x + (size_t)m * n_in;
+      float *own = norm_weight ? buffer(4, (size_t)n_in * 4) : NULL;
       if (norm_weight && !own) {
         failed = 1;
         continue;
       }
-      if (norm_weight) normed(row, before, K, own), row = own;
-      to_words(bits, row, K, each + (size_t)m * stride, steps + m, totals + m);
+      if (norm_weight) normed(row, before, n_in, own), row = own;
+      to_words(bits, row, n_in, each + (size_t)m * stride, steps + m, totals + m);
     }
-    /* Rows that a panel is read for at once, word beside word. */
-    const word *a = M > 1 ? together : each;
-    for (int m = 0, rows; M > 1 && m < M; m += rows) {
-      rows = at_once(M - m, most);
+    /* The rows of one pass over a panel, interleaved word by word. */
+    const word *a = n_rows > 1 ? together : each;
+    for (int m = 0, rows; n_rows > 1 && m < n_rows; m += rows) {
+      rows = at_once(n_rows - m, most);
 #pragma omp for schedule(static) nowait
       for (int i = 0; i < words; i++)
         for (int r = 0; r < rows; r++) together[(size_t)m * words + i * rows + r] = each[(size_t)(m + r) * stride + i];
@@ -389,8 +392,8 @@ int linear(int bits, int M, int N, int K, const float *x, const float *norm_weig
 #pragma omp for schedule(dynamic, 4) nowait
     for (int p = 0; p < panels; p++) {
       const int n = p * PANEL;
-      for (int m = 0, rows; m < M; m += rows) {
-        rows = at_once(M - m, most);
+      for (int m = 0, rows; m < n_rows; m += rows) {
+        rows = at_once(n_rows - m, most);
         const word *in = a + (size_t)m * words;
         if (bits == 16) {
           EACH(rows, ROWS, panel16(&l, R, m, n, in));
@@ -472,8 +475,8 @@ int attend(int rows, int H, int D, int T, int n_slots, const float *q, int64_t q
   return failed;
 }
 
-/* Prompts go through attention in tiles of 32 queries, which are the lanes of vectors: a query's sums run over keys in
-   one order, whichever queries are beside it. Keys come in blocks of 32 (Milakov and Gimelshein, arXiv 1805.02867: a
+/* Prompts go through attention in tiles of 32 queries, one query in each element of the vectors: its sums run over keys
+   in one order, whichever queries are beside it. Keys come in blocks of 32 (Milakov and Gimelshein, arXiv 1805.02867: a
    running maximum, by which what was summed before is brought down). */
 #define TILE 32
 #define TURNS (TILE / LANES)

@@ -1,51 +1,34 @@
-"""The C kernels of cpu_kernels.c: compiled once on the machine that runs them, called with tensors.
+"""The kernels in C, called with tensors: linear layers on packed weights, and attention over a SlotCache.
 
-They need GCC and an x86-64 processor with AVX2. Where either is missing, PyTorch's own operations compute in float32,
-and quantized weights are refused. The compiled library is kept in ~/.cache/mptserve, named after everything that it was
-made of.
+Where they cannot run, PyTorch's operations compute in float32, and quantized weights are refused.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mptserve.engine.cpu.library import Unavailable, library
 from mptserve.engine.memory import use_huge_pages
 from mptserve.engine.model import Norm
 from mptserve.engine.quantization.codes import GROUP, Quantized, dequantize, quantize
 from mptserve.engine.threads import run_on_new_thread
-
-_SOURCE = Path(__file__).with_suffix(".c")
-_FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC")
-_PATIENCE_S = 120
-
-
-class _Unavailable(Exception):
-    """Why there are no kernels."""
 
 
 @cache
 def why_no_cpu_kernels() -> str:
     """Return why the kernels cannot run on this machine, or "" if they can; tried once, by running one."""
     try:
-        return "" if run_on_new_thread(_compute_sense) else "a kernel computed nonsense"
-    except _Unavailable as exc:
+        return "" if run_on_new_thread(_kernels_are_right) else "a kernel computed nonsense"
+    except Unavailable as exc:
         return str(exc)
 
 
-def _compute_sense() -> bool:
-    _library()
+def _kernels_are_right() -> bool:
+    library()
     x, weight = torch.linspace(-1, 1, 2 * GROUP).view(2, GROUP), torch.linspace(-1, 1, 40 * GROUP).view(40, GROUP)
     int8, int4, bf16 = quantize(weight, "int8"), quantize(weight, "int4"), weight.bfloat16()
     for packed, values in (
@@ -60,86 +43,10 @@ def _compute_sense() -> bool:
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        raise _Unavailable(f"they are for x86 processors, not for {platform.machine()}")
-    beside = Path(sys.executable).parent  # where a conda environment has its own
-    compiler = shutil.which("gcc") or shutil.which("gcc", path=str(beside))
-    if compiler is None:
-        raise _Unavailable("there is no gcc")
-    try:
-        _share_openmp()
-        version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_PATIENCE_S, check=True).stdout
-        made_of = (_SOURCE.read_bytes(), version, " ".join(_FLAGS).encode(), _processor())
-        name = f"cpu_kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
-        kept = _own_folder()
-        if kept is not None and (kept / name).exists():
-            library = ctypes.CDLL(str(kept / name))
-        else:
-            with tempfile.TemporaryDirectory(dir=kept) as scratch:
-                compiled = _compile(compiler, Path(scratch))
-                library = ctypes.CDLL(str(compiled))
-                if kept is not None:
-                    compiled.replace(kept / name)
-    except subprocess.SubprocessError as exc:
-        said = (getattr(exc, "stderr", None) or b"").decode(errors="replace").strip()
-        raise _Unavailable(f"gcc failed: {said.splitlines()[0] if said else exc}") from exc
-    except OSError as exc:
-        raise _Unavailable(f"{type(exc).__name__}: {exc}") from exc
-    pointer, number, real, large = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
-    library.layout.argtypes = (pointer, pointer)
-    library.linear.argtypes = (*[number] * 4, *[pointer] * 3, real, *[pointer] * 4, number, pointer)
-    library.store.argtypes = (*[number] * 5, pointer, large, *[pointer] * 3)
-    library.attend.argtypes = (*[number] * 5, pointer, large, *[pointer] * 5, real, pointer)
-    library.attend_tiles.argtypes = (*[number] * 5, pointer, large, *[pointer] * 4, real, pointer)
-    return library
-
-
-def _compile(compiler: str, folder: Path) -> Path:
-    """Return the library, compiled in `folder`.
-
-    Linked without -fopenmp, so that it takes the threads of the OpenMP that PyTorch brought, not another set.
-    """
-    compiled, linked = folder / "cpu_kernels.o", folder / "cpu_kernels.so"
-    for command in (
-        [*_FLAGS, "-c", str(_SOURCE), "-o", str(compiled)],
-        ["-shared", str(compiled), "-o", str(linked), "-lm"],
-    ):
-        subprocess.run([compiler, *command], capture_output=True, timeout=_PATIENCE_S, check=True)
-    return linked
-
-
-def _share_openmp() -> None:
-    """Make the OpenMP library that PyTorch has loaded visible to libraries loaded from now on."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    for path in sorted({line.split(maxsplit=5)[5] for line in lines if line.count("/") and "omp" in line}):
-        if Path(path).name.startswith(("libgomp", "libiomp", "libomp")):
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-
-
-def _processor() -> bytes:
-    """Return what -march=native depends on."""
-    lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-    return b"|".join(sorted({line for line in lines if line.startswith((b"model", b"vendor_id", b"flags"))}))
-
-
-def _own_folder() -> Path | None:
-    """Return the folder to keep the library in, which nobody else can write to; None without one."""
-    try:
-        folder = Path.home() / ".cache" / "mptserve"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        about = folder.stat()
-    except (OSError, RuntimeError):  # RuntimeError: no home
-        return None
-    mine = about.st_uid == os.getuid() and not about.st_mode & 0o022
-    return folder if mine and os.access(folder, os.W_OK) else None
-
-
-@cache
 def layout() -> tuple[int, int]:
     """Return how this machine's library reads weights: outputs of a panel, and what is added to 8-bit codes."""
     panel, offset = ctypes.c_int(), ctypes.c_int()
-    _library().layout(ctypes.byref(panel), ctypes.byref(offset))
+    library().layout(ctypes.byref(panel), ctypes.byref(offset))
     return panel.value, offset.value
 
 
@@ -147,7 +54,7 @@ def layout() -> tuple[int, int]:
 class Packed:
     """A weight as the kernels read it.
 
-    panels: bytes, panel after panel of outputs, as cpu_kernels.c describes them.  n_in: a multiple of 32.  bits: of a
+    panels: bytes, panel after panel of outputs, as kernels.c describes them.  n_in: a multiple of 32.  bits: of a
     weight, 16, 8 or 4.  scale: float32 [n_out], 8 bits only.
     """
 
@@ -223,7 +130,7 @@ def linear(
     y = torch.empty(len(x), weight.n_out)
     norm_weight, norm_bias = (norm.weight, norm.bias) if norm else (None, None)
     _check(
-        _library().linear(
+        library().linear(
             weight.bits,
             len(x),
             weight.n_out,
@@ -243,7 +150,7 @@ def store(kv: Tensor, slots: Tensor, positions: Tensor, cache: Tensor) -> None:
 
     slots, positions: int64 [N].
     """
-    _library().store(len(kv), *_sizes(cache), *_strided(kv), *_addresses(slots, positions, cache))
+    library().store(len(kv), *_sizes(cache), *_strided(kv), *_addresses(slots, positions, cache))
 
 
 def attend(
@@ -262,7 +169,7 @@ def attend(
     reads; all from the first without.
     """
     tensors = _addresses(cache, slots, positions, first, slopes)
-    _check(_library().attend(len(q), *_sizes(cache), *_strided(q), *tensors, scale, out.data_ptr()))
+    _check(library().attend(len(q), *_sizes(cache), *_strided(q), *tensors, scale, out.data_ptr()))
 
 
 def attend_tiles(
@@ -281,7 +188,7 @@ def attend_tiles(
     all from the first without. A query's bits depend on its position alone, if tiles start at multiples of 32.
     """
     tensors = _addresses(cache, tiles, first, slopes)
-    _check(_library().attend_tiles(len(tiles), *_sizes(cache), *_strided(q), *tensors, scale, out.data_ptr()))
+    _check(library().attend_tiles(len(tiles), *_sizes(cache), *_strided(q), *tensors, scale, out.data_ptr()))
 
 
 def _sizes(cache: Tensor) -> tuple[int, int, int, int]:

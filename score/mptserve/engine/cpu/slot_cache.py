@@ -16,8 +16,8 @@ _SPARE_BLOCKS = 4
 class SlotCache:
     """Contiguous keys and values per sequence, float32, on the CPU.
 
-    kv: [n_layers, 2, n_slots, H, max_tokens, D]; the 2 is keys, values.  float32 because PyTorch's CPU attention reads
-    it more than twice as fast as bfloat16, although it is twice the bytes.
+    kv: [n_layers, 2, n_slots, H, max_tokens, D]; the 2 is keys, values.  float32 because attention computes in
+    it, and bfloat16 would have to be converted for every read.
     k_norms: [n_layers, n_slots, max_tokens / 32, H], the largest norm of a slot's keys up to the end of each block
     (windows.py); kept only where max_tokens is long enough to need it.
     """
@@ -134,11 +134,15 @@ class SlotCache:
             self._slot_of[key] = slot
 
     def _forget(self, slot: int, after: int = 0) -> None:
-        """Drop what `slot` remembers beyond its first `after` blocks."""
-        for key in self._keys[slot][after:]:
+        """Drop what `slot` remembers beyond its first `after` blocks; blocks that another slot has stay findable."""
+        dropped = self._keys[slot][after:]
+        del self._keys[slot][after:]
+        for n, key in enumerate(dropped, after):
             if self._slot_of.get(key) == slot:
                 del self._slot_of[key]
-        del self._keys[slot][after:]
+                for other, keys in enumerate(self._keys):
+                    if keys[n : n + 1] == [key]:
+                        self._slot_of[key] = other
 
     def _give_back(self, slot: int) -> None:
         """Return the slot's pages to the system."""

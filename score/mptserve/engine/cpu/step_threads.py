@@ -1,10 +1,10 @@
-"""How many CPU threads a step of the engine takes: all of them, or one where they get in each other's way.
+"""How many CPU threads a step of the engine takes: all of them on an idle machine, one on a contended one.
 
-Threads meet after every operation. With cores to themselves that is soon done. Where something else runs on a core,
-such as an HTTP server or another model, one of them is late each time, by milliseconds: with three busy processes on
-two cores, steps of 10 ms took 127 ms. Which it is nobody can say in advance, and it changes. So the steps themselves
-are the measurement: once one thread has shown what it takes, all of them do the work for as long as they are quicker;
-when they are not, they try again a little later. The results are the same, to the bit.
+Threads synchronize after every operation. On an idle machine that takes microseconds. Where another process runs on a
+core, such as an HTTP server or another model, one thread is late each time, by milliseconds: with three busy processes
+on two cores, steps of 10 ms took 127 ms. Contention cannot be known in advance, and it changes. So the steps themselves
+are the measurement: once the time of one thread is known, steps take all threads for as long as that is faster; when it
+is not, they take one thread for a while and then try again. The results are the same, to the bit.
 """
 
 import time
@@ -17,20 +17,20 @@ import torch
 from mptserve.engine.model import MPT
 from mptserve.engine.threads import ThreadSpeed
 
-_LONG_S = 0.1
-"""Seconds of one thread's work from which a step always takes all threads: their meetings are short against it."""
+_LONG_STEP_S = 0.1
+"""Seconds of one thread's work from which a step always takes all threads: synchronizing is short against it."""
 
-_TRUST_S = 2.0
-"""Seconds after which a time taken with one thread is no longer averaged with new ones."""
+_RECENT_S = 2.0
+"""Seconds after which a time taken with one thread is replaced by a new one instead of averaged with it."""
 
-_SHY_S = (0.25, 8.0)
-"""Seconds to stay with one thread when it was quicker, at first, and at most after finding so again and again."""
+_SINGLE_S = (0.25, 8.0)
+"""Seconds to stay with one thread after it was faster: at first, and at most after finding so again and again."""
 
-_NEWEST = 0.3
-"""What the newest step counts in a running mean."""
+_WEIGHT_OF_NEWEST = 0.3
+"""The weight of the newest step in a running mean."""
 
 _MEASURED_WEIGHTS = 1 << 25
-"""So many weights no processor keeps in a cache of its own, and one thread multiplies in tenths of a second."""
+"""So many weights do not fit a processor's cache, and one thread multiplies them in tenths of a second."""
 
 
 def measure_thread_speed(model: MPT) -> ThreadSpeed:
@@ -58,24 +58,24 @@ def measure_thread_speed(model: MPT) -> ThreadSpeed:
 class _Kind:
     """What is known of steps of about the same number of tokens."""
 
-    alone_s: float = 0.0  # a step with one thread; 0: not known yet
-    alone_at: float = 0.0  # when that was
-    together_s: float = 0.0  # a step with all threads; 0: to be taken anew
-    shy_until: float = 0.0
-    shy_s: float = _SHY_S[0]
+    single_s: float = 0.0  # a step with one thread; 0: not known yet
+    single_at: float = 0.0  # when that was
+    all_s: float = 0.0  # a step with all threads; 0: to be measured anew
+    stay_single_until: float = 0.0
+    stay_single_s: float = _SINGLE_S[0]
 
-    def was_alone(self, started: float, ended: float) -> None:
-        seconds, recent = ended - started, started - self.alone_at < _TRUST_S
-        self.alone_s += (_NEWEST if recent else 1.0) * (seconds - self.alone_s)
-        self.alone_at = ended
+    def took_one(self, started: float, ended: float) -> None:
+        seconds, recent = ended - started, started - self.single_at < _RECENT_S
+        self.single_s += (_WEIGHT_OF_NEWEST if recent else 1.0) * (seconds - self.single_s)
+        self.single_at = ended
 
-    def was_together(self, started: float, ended: float) -> None:
-        self.together_s += (_NEWEST if self.together_s else 1.0) * (ended - started - self.together_s)
-        if self.together_s < self.alone_s:
-            self.shy_s = max(self.shy_s / 1.1, _SHY_S[0])
+    def took_all(self, started: float, ended: float) -> None:
+        self.all_s += (_WEIGHT_OF_NEWEST if self.all_s else 1.0) * (ended - started - self.all_s)
+        if self.all_s < self.single_s:
+            self.stay_single_s = max(self.stay_single_s / 1.1, _SINGLE_S[0])
             return
-        self.shy_until, self.together_s = ended + self.shy_s, 0.0
-        self.shy_s = min(2 * self.shy_s, _SHY_S[1])
+        self.stay_single_until, self.all_s = ended + self.stay_single_s, 0.0
+        self.stay_single_s = min(2 * self.stay_single_s, _SINGLE_S[1])
 
 
 class StepThreads:
@@ -92,15 +92,15 @@ class StepThreads:
 
     @contextmanager
     def taking(self, n_tokens: int) -> Iterator[None]:
-        """Compute what is inside, a step of n_tokens, with the better number of threads, and learn how long it took."""
-        alone_s = self.n_weights * max(self.speed.read, n_tokens * self.speed.multiply)
-        if self.most == 1 or alone_s > _LONG_S:
+        """Compute what is inside, a step of n_tokens, with the faster number of threads, and learn how long it took."""
+        single_s = self.n_weights * max(self.speed.read, n_tokens * self.speed.multiply)
+        if self.most == 1 or single_s > _LONG_STEP_S:
             torch.set_num_threads(self.most)
             yield
             return
         kind = self._kinds.setdefault(n_tokens.bit_length(), _Kind())
         started = self._clock()
-        alone = not kind.alone_s or started < kind.shy_until
-        torch.set_num_threads(1 if alone else self.most)
+        single = not kind.single_s or started < kind.stay_single_until
+        torch.set_num_threads(1 if single else self.most)
         yield
-        (kind.was_alone if alone else kind.was_together)(started, self._clock())
+        (kind.took_one if single else kind.took_all)(started, self._clock())

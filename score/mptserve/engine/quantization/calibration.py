@@ -1,8 +1,8 @@
-"""Rounds a checkpoint's linear layers by GPTQ, each for the inputs that calibration text brings to it.
+"""Rounds a checkpoint's linear layers by GPTQ, each for its inputs on calibration text.
 
-The model is run once, layer by layer, over all of the text. Each linear layer is rounded when its inputs arrive, and
-hands on what the rounded weights make of them, so that later layers are rounded for what they will really get. In
-memory at a time: one layer in float32, its widest activations, and the second moments of one linear's inputs.
+The model runs once, layer by layer, over all of the text. Each linear layer is rounded when its inputs arrive, and its
+output is computed with the rounded weights, so that later layers are rounded for the inputs that they will get. Memory
+holds one layer in float32, its widest activations, and the second moments of one linear layer's inputs.
 """
 
 from collections.abc import Callable, Iterator
@@ -52,7 +52,7 @@ def calibrated_weights(
 
 
 class _RoundedByInputs:
-    """A linear layer that is rounded for the inputs of its first product, and computes that with what came of it."""
+    """A linear layer that is rounded for the inputs of its first product, and computes it with the rounded weights."""
 
     def __init__(self, name: str, weight: Tensor, bias: Tensor | None, done: Callable[[], None]) -> None:
         self.name, self._weight, self._bias, self._done = name, weight, bias, done

@@ -1,10 +1,11 @@
-"""8-bit and 4-bit weights: how linear layers are rounded, and how they are named and shaped in a checkpoint.
+"""8-bit and 4-bit weights: how linear layers are quantized, and their names and shapes in a checkpoint.
 
 int8   one scale per output row:              value = code * scale
 int4   a scale and a zero per 32 inputs:      value = (code - 8) * scale + zero, 5 bits per weight in all
 
-Only the linear layers of the blocks are rounded so. The embedding keeps 16 bits: a step reads only a few of its rows.
-The output head takes 8 bits in both: 4 cost it more than any other layer, since its errors are not averaged any more.
+Only the linear layers of the blocks are quantized so. The embedding keeps 16 bits: a step reads only a few of its rows.
+The output head has 8 bits with either method: 4 bits cost more there than in any other layer, since no later layer
+averages its errors.
 """
 
 import math
@@ -22,10 +23,10 @@ GROUP = 32
 METHODS = ("int8", "int4")
 
 _SHRINK = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
-"""Parts of a group's range that are tried: cutting off its ends costs them, and makes all other steps finer."""
+"""Shares of a group's range that are tried: a smaller range clips the largest weights, and makes all steps finer."""
 
 _ROWS = 64
-"""Rows rounded at once: their intermediate values stay in the processor's cache."""
+"""Rows quantized at once: their intermediate values stay in the processor's cache."""
 
 
 @dataclass(frozen=True)

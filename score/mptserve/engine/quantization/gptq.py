@@ -1,12 +1,12 @@
-"""GPTQ: 4-bit weights that are rounded one input after another, each error made good by the inputs still to come.
+"""GPTQ: 4-bit weights, rounded one input after another, with each error compensated by the inputs not yet rounded.
 
-Rounding to the nearest code keeps the weights close; what counts is the product x Wᵀ on the inputs x that a layer
-really gets. Those are correlated, so that the error of one input's weights can be undone in large part by changing
-others'. The method and its update are from Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training
-Quantization for Generative Pre-trained Transformers" (ICLR 2023, arXiv 2210.17323), algorithm 1, where a group's scale
-is chosen when its turn comes. Two things differ. Inputs are taken the largest first, as the authors' code does on wish
-("act-order"), but group by group, so that groups stay whole: the result has the format of quantization.py, and whatever
-reads its 4-bit weights reads these. And a group's range is searched for the error that is left after compensation.
+Rounding to the nearest code keeps the weights close. What counts is the product x Wᵀ on the inputs x that a layer gets.
+Inputs are correlated, so changing the weights of other inputs can compensate most of one input's error. The method and
+its update are from Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for Generative
+Pre-trained Transformers" (ICLR 2023, arXiv 2210.17323), algorithm 1, where a group's scale is chosen just before the
+group is rounded. Two things differ. Inputs are taken the largest first ("act-order", an option of the authors' code),
+but group by group, so that groups stay whole: the result has the format of codes.py, and every reader of its 4-bit
+weights reads these. And a group's range is chosen for the smallest error that is left after compensation.
 """
 
 import torch
@@ -18,7 +18,7 @@ DAMPING = 0.01
 """Part of the mean squared input that is added to every input's, as in the paper: an inverse must exist."""
 
 _BLOCK = 128
-"""Inputs whose errors are handed on to the rest in one product; a multiple of GROUP."""
+"""Inputs whose errors are applied to the later inputs in one product; a multiple of GROUP."""
 
 _ROWS = 4096
 """Rows of inputs that are multiplied at once."""
@@ -67,7 +67,7 @@ def quantize_gptq(weight: Tensor, moment: Tensor) -> Quantized:
 def _order(squares: Tensor) -> Tensor:
     """Return the inputs in the order in which they are rounded: the larger first, and those of a group together.
 
-    Those that come first have the most others left to make their errors good.
+    The first have the most others left to compensate their errors.
     """
     groups = squares.view(-1, GROUP)
     of_groups = groups.sum(1).argsort(dim=0, descending=True, stable=True)
@@ -78,7 +78,7 @@ def _order(squares: Tensor) -> Tensor:
 def _inverse_factor(moment: Tensor, order: Tensor) -> Tensor:
     """Return the upper triangular U with UᵀU = H⁻¹, for H the moment of inputs taken in `order`, damped.
 
-    Its row i says how an error in input i is made good by those after it once all before it are fixed (the paper's
+    Its row i says how the inputs after i compensate an error in input i once all before it are fixed (the paper's
     "Cholesky reformulation"). With the inputs taken backwards H = L Lᵀ, so that L⁻¹ turned around is U: H⁻¹ itself, the
     paper's way to U, is never made.
     """
