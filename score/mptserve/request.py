@@ -17,6 +17,7 @@ from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError, best_match
 from jsonschema.validators import extend
 
+from mptserve import strict_json
 from mptserve.engine import SamplingParams
 from mptserve.errors import BadSetting, InvalidRequest, TooLarge
 from mptserve.prompt import ChatPrompt, Message
@@ -224,19 +225,11 @@ def _json(body: bytes) -> Any:
     if not body:
         _refuse("the body is empty; it must be a JSON object", "", code="invalid_json")
     try:
-        return json.loads(body.decode("utf-8-sig"), parse_constant=_no_constant)  # PowerShell writes the mark
+        return strict_json.loads(body.decode("utf-8-sig"))  # PowerShell writes the mark
     except UnicodeDecodeError as exc:
         _refuse(f"the body must be UTF-8; byte {exc.start} is not", "", code="invalid_json")
-    except RecursionError:
-        _refuse("the body is nested too deeply", "", code="invalid_json")
-    except json.JSONDecodeError as exc:
-        _refuse(f"the body must be JSON; line {exc.lineno}, column {exc.colno}: {exc.msg}", "", code="invalid_json")
-    except ValueError:  # an integer of thousands of digits
-        _refuse("the body holds a number that is too long", "", code="invalid_json")
-
-
-def _no_constant(name: str) -> NoReturn:
-    _refuse(f"the body must be JSON, which has no {name}", "", code="invalid_json")
+    except strict_json.NotJson as exc:
+        _refuse(f"the body {exc}", "", code="invalid_json")
 
 
 def dialect(body: Any) -> tuple[Located, Located]:

@@ -9,8 +9,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from mptserve import strict_json
 from mptserve.errors import BadSetting
 
 
@@ -164,16 +165,12 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     values = {f.name: _parse(f, env[f.metadata["env"]]) for f in FIELDS if env.get(f.metadata["env"], "") != ""}
     settings = Settings(**values)
     try:
-        defaults = json.loads(settings.defaults, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as exc:
+        defaults = strict_json.loads(settings.defaults)
+    except strict_json.NotJson as exc:
         raise BadSetting(f"MPT_DEFAULTS must be a JSON object, got {settings.defaults!r}") from exc
     if not isinstance(defaults, dict):
         raise BadSetting(f"MPT_DEFAULTS must be a JSON object, got {type(defaults).__name__}")
     return settings
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"JSON has no {name}")
 
 
 def _parse(f: "dataclasses.Field[Any]", text: str) -> Any:

@@ -208,7 +208,7 @@ def test_engine_sees_tokens_and_tensors_and_nothing_of_the_world_outside(path):
 
 
 LAYERS = [
-    {"errors"},
+    {"errors", "strict_json"},
     {"settings", "log", "process", "repetition", "engine"},
     {"tokenizer", "safety"},
     {"prompt"},
