@@ -9,7 +9,7 @@ PIP = $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-ch
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help install demo serve openai azure-local test test-long test-cpus test-all check check-specs docs format bench clean
+.PHONY: help install demo serve openai azure-local test test-long test-cpus coverage test-all check check-specs docs format bench clean
 help: ## Say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -47,6 +47,9 @@ test-long: install ## Real servers, browsers, batch jobs, and GPU kernels in an 
 test-cpus: install ## Kernels, quantization, model, sampling and engine as this processor and as lesser ones: five minutes
 	@$(BIN)/python tests/support/cpus.py -n 2
 
+coverage: install ## The fast tests, and the share of the package's lines that they run; htmlcov/ shows which
+	@$(PYTEST) --cov=mptserve --cov-report=html --cov-report=term:skip-covered
+
 test-all: install ## All of them, and the slow ones: half an hour
 	@$(PYTEST) -m 'not gpu and not azure'
 
@@ -77,4 +80,4 @@ bench: $(VENV)/.installed ## Measure this machine: our engine beside transformer
 	@$(BIN)/python benchmarks/cpu.py $(ARGS)
 
 clean: ## Remove what make made
-	rm -rf $(VENV) site docs/notebooks .pytest_cache .mypy_cache .ruff_cache .hypothesis score/mptserve.egg-info
+	rm -rf $(VENV) site htmlcov .coverage docs/notebooks .pytest_cache .mypy_cache .ruff_cache .hypothesis score/mptserve.egg-info

@@ -180,6 +180,26 @@ def test_every_fixture_file_is_used():
     assert [path.relative_to(ROOT) for path in fixtures if path.stem not in text] == []
 
 
+NOT_OURS = {"modeling_mpt.py"}
+
+
+def test_files_that_comments_and_pages_name_exist():
+    """After a file is renamed, nothing may still point to its old name."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git checkout")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    names = {Path(name).name for name in tracked} | NOT_OURS
+    pages = [*SCORE.rglob("*.py"), *SCORE.rglob("*.c"), *ROOT.glob("docs/**/*.md"), ROOT / "CONTRIBUTING.md"]
+    pages += [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("benchmarks/*.md"), *ROOT.glob("tools/*.py"), ROOT / "Makefile"]
+    stale = {
+        f"{page.relative_to(ROOT)}: {name}"
+        for page in pages
+        for name in re.findall(r"(?<![\w*])\w+\.(?:py|c)\b(?!\()", page.read_text(encoding="utf-8"))
+        if name not in names
+    }
+    assert stale == set()
+
+
 # Who imports what ----------------------------------------------------------------------------------------------------
 
 EDGE = {
