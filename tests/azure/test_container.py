@@ -21,7 +21,7 @@ def requirements() -> dict[str, str]:
     return {r.name: str(r.specifier) for r in (Requirement(line) for line in lines if not line.startswith("#"))}
 
 
-def test_the_image_has_the_pins_of_the_conda_environment():
+def test_the_image_has_the_pins_of_the_conda_environment() -> None:
     conda = yaml.safe_load((ROOT / "conda.yaml").read_text(encoding="utf-8"))
     (pip,) = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
     pins = {r.name: str(r.specifier) for r in map(Requirement, pip)}
@@ -55,7 +55,7 @@ WITHOUT = [
 """What the image lacks, or has no right to rely on."""
 
 
-def test_the_server_runs_without_what_the_image_leaves_out():
+def test_the_server_runs_without_what_the_image_leaves_out() -> None:
     program = f"""
 import sys
 for name in {WITHOUT!r}:
@@ -77,7 +77,7 @@ with TestClient(openai_app.create_app(settings)) as client:
     assert done.stderr.strip().splitlines()[-1] == "200", done.stderr
 
 
-def test_the_image_runs_as_nobody_special_checks_itself_and_holds_no_weights():
+def test_the_image_runs_as_nobody_special_checks_itself_and_holds_no_weights() -> None:
     steps = re.findall(r"^([A-Z]+) (.*)$", DOCKERFILE.partition("FROM")[2].replace("\\\n", " "), flags=re.MULTILINE)
     instructions = [name for name, _ in steps]
     assert ("USER", "1000") in steps
@@ -88,7 +88,7 @@ def test_the_image_runs_as_nobody_special_checks_itself_and_holds_no_weights():
     assert all((ROOT / source).exists() for source in sources)
 
 
-def test_routes_and_ports_of_deployment_image_and_server_agree():
+def test_routes_and_ports_of_deployment_image_and_server_agree() -> None:
     config = yaml.safe_load((ENVIRONMENT / "container.yml").read_text(encoding="utf-8"))["inference_config"]
     routes = {name: (route["port"], route["path"]) for name, route in config.items()}
     assert routes == {
@@ -104,7 +104,7 @@ def test_routes_and_ports_of_deployment_image_and_server_agree():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_microsofts_loader_reads_both_files():
+def test_microsofts_loader_reads_both_files() -> None:
     ml = pytest.importorskip("azure.ai.ml", reason="needs azure-ai-ml")
     environment = ml.load_environment(ENVIRONMENT / "container.yml")
     assert environment.inference_config["scoringRoute"] == {"port": 8451, "path": "/score"}

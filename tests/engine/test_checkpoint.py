@@ -57,13 +57,13 @@ def bad(folder: Path, raw: dict[str, Any] | None = None) -> str:
 
 
 @pytest.mark.parametrize("below", ["", "mpt-7b", "a/b/c/d/e", "INPUT_model/mlflow_model_folder/data/model"])
-def test_checkpoint_is_found_at_any_usual_depth(tmp_path, below):
+def test_checkpoint_is_found_at_any_usual_depth(tmp_path: Path, below: str) -> None:
     write_model(tmp_path / below)
     found = find_checkpoint(tmp_path)
     assert found == Checkpoint(tmp_path / below, tmp_path / below / "tokenizer.json")
 
 
-def test_mlflow_model_has_its_config_twice_and_its_tokenizer_elsewhere(tmp_path):
+def test_mlflow_model_has_its_config_twice_and_its_tokenizer_elsewhere(tmp_path: Path) -> None:
     data = tmp_path / "mlflow_model_folder" / "data"
     write_model(data / "model", tokenizer=data / "tokenizer")
     (data / "config").mkdir()
@@ -72,13 +72,13 @@ def test_mlflow_model_has_its_config_twice_and_its_tokenizer_elsewhere(tmp_path)
     assert find_checkpoint(tmp_path) == Checkpoint(data / "model", data / "tokenizer" / "tokenizer.json")
 
 
-def test_tokenizer_beside_the_weights_comes_before_one_that_is_nearer_the_root(tmp_path):
+def test_tokenizer_beside_the_weights_comes_before_one_that_is_nearer_the_root(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     (tmp_path / "tokenizer.json").write_text("{}", encoding="utf-8")
     assert find_checkpoint(tmp_path).tokenizer == tmp_path / "model" / "tokenizer.json"
 
 
-def test_other_models_beside_it_do_not_matter(tmp_path):
+def test_other_models_beside_it_do_not_matter(tmp_path: Path) -> None:
     write_model(tmp_path / "mpt")
     for name, content in (("llama", '{"model_type": "llama"}'), ("broken", "{"), ("list", "[]"), ("none", "{}")):
         folder = tmp_path / name
@@ -88,14 +88,14 @@ def test_other_models_beside_it_do_not_matter(tmp_path):
     assert find_checkpoint(tmp_path).folder == tmp_path / "mpt"
 
 
-def test_folder_that_is_none_is_named(tmp_path):
+def test_folder_that_is_none_is_named(tmp_path: Path) -> None:
     assert not_found(tmp_path / "x") == f"the model's folder '{tmp_path / 'x'}' is not there, or is no folder"
     write_model(tmp_path)
     file = tmp_path / "config.json"
     assert not_found(file) == f"the model's folder '{file}' is not there, or is no folder"
 
 
-def test_nothing_found_says_what_was_looked_for(tmp_path):
+def test_nothing_found_says_what_was_looked_for(tmp_path: Path) -> None:
     looked = (
         f"no MPT checkpoint (config.json of model_type mpt with *.safetensors or *.bin) in {tmp_path} or 5 levels below"
     )
@@ -106,7 +106,7 @@ def test_nothing_found_says_what_was_looked_for(tmp_path):
     assert not_found(tmp_path) == f"{looked}; {tmp_path} has a config but no weights"
 
 
-def test_several_are_named(tmp_path):
+def test_several_are_named(tmp_path: Path) -> None:
     for name in ("b", "a"):
         write_model(tmp_path / name)
     assert not_found(tmp_path) == (
@@ -114,7 +114,7 @@ def test_several_are_named(tmp_path):
     )
 
 
-def test_missing_tokenizer_is_named(tmp_path):
+def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "mpt", tiny_config())
     assert not_found(tmp_path) == (
         f"no tokenizer.json in {tmp_path / 'mpt'} or below {tmp_path}; save it with `tokenizer.save_pretrained`"
@@ -126,13 +126,15 @@ def test_missing_tokenizer_is_named(tmp_path):
 
 @pytest.mark.parametrize(("format", "shards"), FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_format_gives_the_tensors_that_were_written(tmp_path, format, shards, dtype):
+def test_every_format_gives_the_tensors_that_were_written(
+    tmp_path: Path, format: str, shards: int, dtype: torch.dtype
+) -> None:
     expected = write_checkpoint(tmp_path, tiny_config(), dtype=dtype, shards=shards, format=format)
     assert len(weight_files(tmp_path)) == shards
     assert equal(read_all(tmp_path), expected)
 
 
-def test_safetensors_come_before_a_bin_and_an_index_before_a_single_file(tmp_path):
+def test_safetensors_come_before_a_bin_and_an_index_before_a_single_file(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tiny_config(), seed=1, format="bin")
     expected = write_checkpoint(tmp_path, tiny_config(), seed=2, shards=2)
     shutil.copy(tmp_path / "model-00001-of-00002.safetensors", tmp_path / "model.safetensors")
@@ -144,7 +146,7 @@ def test_safetensors_come_before_a_bin_and_an_index_before_a_single_file(tmp_pat
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_shards_without_an_index_are_found_by_their_names(tmp_path, format):
+def test_shards_without_an_index_are_found_by_their_names(tmp_path: Path, format: str) -> None:
     expected = write_checkpoint(tmp_path, tiny_config(), shards=2, format=format)
     for index in tmp_path.glob("*.index.json"):
         index.unlink()
@@ -152,7 +154,7 @@ def test_shards_without_an_index_are_found_by_their_names(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_file_of_the_usual_name_comes_before_others_beside_it(tmp_path, format):
+def test_file_of_the_usual_name_comes_before_others_beside_it(tmp_path: Path, format: str) -> None:
     expected = write_checkpoint(tmp_path, tiny_config(), format=format)
     (file,) = weight_files(tmp_path)
     shutil.copy(file, tmp_path / file.name.replace("model", "model_old"))
@@ -160,13 +162,13 @@ def test_file_of_the_usual_name_comes_before_others_beside_it(tmp_path, format):
     assert equal(read_all(tmp_path), expected)
 
 
-def test_other_bin_files_are_no_weights(tmp_path):
+def test_other_bin_files_are_no_weights(tmp_path: Path) -> None:
     expected = write_checkpoint(tmp_path, tiny_config(), format="bin")
     torch.save({"learning_rate": 0.1}, tmp_path / "training_args.bin")
     assert equal(read_all(tmp_path), expected)
 
 
-def test_embedded_model_is_read():
+def test_embedded_model_is_read() -> None:
     folder = Path(__file__).resolve().parents[2] / "samples" / "mpt-8m"
     assert find_checkpoint(folder) == Checkpoint(folder, folder / "tokenizer.json")
     assert equal(read_all(folder), load_file(folder / "model.safetensors"))
@@ -187,7 +189,7 @@ MOSAIC_GPT = {
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_mosaic_gpt_tensors_are_read_under_todays_names(tmp_path, format):
+def test_mosaic_gpt_tensors_are_read_under_todays_names(tmp_path: Path, format: str) -> None:
     expected = write_checkpoint(tmp_path, MOSAIC_GPT, format=format)
     (file,) = weight_files(tmp_path)
     stored = load_file(file) if format == "safetensors" else torch.load(file)
@@ -208,7 +210,7 @@ def test_mosaic_gpt_tensors_are_read_under_todays_names(tmp_path, format):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checkpoint_saved_by_transformers_is_read(tmp_path, dtype):
+def test_checkpoint_saved_by_transformers_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
     from transformers import MptConfig, MptForCausalLM  # here, because it takes seconds
 
     torch.manual_seed(0)
@@ -223,13 +225,13 @@ def test_checkpoint_saved_by_transformers_is_read(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_tied_output_head_may_be_there_and_is_not_used(tmp_path, format):
+def test_tied_output_head_may_be_there_and_is_not_used(tmp_path: Path, format: str) -> None:
     tensors = write_checkpoint(tmp_path, tiny_config(), format=format)
     write_weights(tmp_path, tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()}, format=format)
     assert equal(read_all(tmp_path), tensors)
 
 
-def test_untied_output_head_is_read(tmp_path):
+def test_untied_output_head_is_read(tmp_path: Path) -> None:
     raw = tiny_config(tie_word_embeddings=False)
     tensors = write_checkpoint(tmp_path, raw)
     assert not torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"])
@@ -252,7 +254,7 @@ class Malicious:
         return os.mkdir, (str(self.folder),)
 
 
-def test_code_in_a_bin_file_is_not_run(tmp_path):
+def test_code_in_a_bin_file_is_not_run(tmp_path: Path) -> None:
     folder, proof = tmp_path / "model", tmp_path / "proof"
     tensors = write_checkpoint(folder, tiny_config(), format="bin")
     file = folder / "pytorch_model.bin"
@@ -266,7 +268,7 @@ def test_code_in_a_bin_file_is_not_run(tmp_path):
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(3)], {"epoch": 3}, {"state_dict": {"x": torch.zeros(3)}}], ids=str)
-def test_bin_file_must_hold_tensors_and_nothing_else(tmp_path, content):
+def test_bin_file_must_hold_tensors_and_nothing_else(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "pytorch_model.bin")
     assert bad(tmp_path) == f"{tmp_path / 'pytorch_model.bin'} must hold a dict of tensors and nothing else"
 
@@ -276,7 +278,7 @@ def test_bin_file_must_hold_tensors_and_nothing_else(tmp_path, content):
 
 @pytest.mark.parametrize(("format", "shards"), FORMATS)
 @pytest.mark.parametrize("kept", [0.0, 0.001, 0.5, 0.999])
-def test_file_that_was_cut_short_is_named(tmp_path, format, shards, kept):
+def test_file_that_was_cut_short_is_named(tmp_path: Path, format: str, shards: int, kept: float) -> None:
     write_checkpoint(tmp_path, tiny_config(), shards=shards, format=format)
     file = weight_files(tmp_path)[-1]
     content = file.read_bytes()
@@ -287,14 +289,14 @@ def test_file_that_was_cut_short_is_named(tmp_path, format, shards, kept):
     assert bad(tmp_path).startswith(start)
 
 
-def test_bin_file_of_an_ancient_pytorch_is_named(tmp_path):
+def test_bin_file_of_an_ancient_pytorch_is_named(tmp_path: Path) -> None:
     file = tmp_path / "pytorch_model.bin"
     torch.save(random_tensors(tiny_config()), file, _use_new_zipfile_serialization=False)
     assert bad(tmp_path).startswith(f"{file} is damaged, only partly downloaded or older than PyTorch 1.6: ")
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_git_lfs_pointer_is_recognised(tmp_path, format):
+def test_git_lfs_pointer_is_recognised(tmp_path: Path, format: str) -> None:
     write_checkpoint(tmp_path, tiny_config(), format=format)
     (file,) = weight_files(tmp_path)
     file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 13298573312\n")
@@ -302,7 +304,7 @@ def test_git_lfs_pointer_is_recognised(tmp_path, format):
 
 
 @pytest.mark.parametrize("format", ["safetensors", "bin"])
-def test_missing_shard_is_named(tmp_path, format):
+def test_missing_shard_is_named(tmp_path: Path, format: str) -> None:
     write_checkpoint(tmp_path, tiny_config(), shards=4, format=format)
     files = weight_files(tmp_path)
     for file in files[1:3]:
@@ -313,12 +315,12 @@ def test_missing_shard_is_named(tmp_path, format):
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"x": 5, "y": "z"}}'])
-def test_index_that_is_none_is_named(tmp_path, content):
+def test_index_that_is_none_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(content, encoding="utf-8")
     assert bad(tmp_path).startswith(f"{tmp_path / 'model.safetensors.index.json'} is no index of weight files: ")
 
 
-def test_everything_that_does_not_fit_is_listed_at_once(tmp_path):
+def test_everything_that_does_not_fit_is_listed_at_once(tmp_path: Path) -> None:
     tensors = write_checkpoint(tmp_path, tiny_config())
     del tensors["transformer.blocks.1.norm_1.weight"]
     tensors["transformer.blocks.0.attn.Wqkv.bias"] = torch.zeros(192)
@@ -332,7 +334,7 @@ def test_everything_that_does_not_fit_is_listed_at_once(tmp_path):
     )
 
 
-def test_long_list_of_what_does_not_fit_is_cut(tmp_path):
+def test_long_list_of_what_does_not_fit_is_cut(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, tiny_config())
     lines = bad(tmp_path, tiny_config(n_layers=12)).split("\n")
     assert lines[0] == f"54 tensors in {tmp_path} do not fit its config.json:"
@@ -343,7 +345,7 @@ def test_long_list_of_what_does_not_fit_is_cut(tmp_path):
     )
 
 
-def test_no_weights_at_all_are_all_missing(tmp_path):
+def test_no_weights_at_all_are_all_missing(tmp_path: Path) -> None:
     assert weight_files(tmp_path) == []
     assert bad(tmp_path).startswith(
         f"20 tensors in {tmp_path} do not fit its config.json:\n  missing transformer.wte.weight"

@@ -67,12 +67,12 @@ def refusal(raw: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_every_fixture_is_a_member():
+def test_every_fixture_is_a_member() -> None:
     assert {path.stem for path in CONFIGS.glob("*.json")} == set(MEMBERS)
 
 
 @pytest.mark.parametrize("name", MEMBERS)
-def test_published_config_is_read(name):
+def test_published_config_is_read(name: str) -> None:
     expected, n_parameters, head_dim, d_ff = MEMBERS[name]
     config = parse_config(json.loads((CONFIGS / f"{name}.json").read_text(encoding="utf-8")))
     assert config == expected
@@ -80,12 +80,12 @@ def test_published_config_is_read(name):
     assert config.scale == pytest.approx(head_dim**-0.5)
 
 
-def test_memory_of_one_tokens_keys_and_values():
+def test_memory_of_one_tokens_keys_and_values() -> None:
     found = {name: config.kv_bytes_per_token(2) for name, (config, *_) in MEMBERS.items()}
     assert (found["mpt-7b"], found["mpt-30b"], found["mpt-1b-redpajama-200b"]) == (524_288, 1_376_256, 196_608)
 
 
-def test_tensors_of_a_checkpoint():
+def test_tensors_of_a_checkpoint() -> None:
     assert parse_config(tiny_config(n_layers=1)).tensor_shapes() == {
         "transformer.wte.weight": (128, 64),
         "transformer.blocks.0.norm_1.weight": (64,),
@@ -98,7 +98,7 @@ def test_tensors_of_a_checkpoint():
     }
 
 
-def test_options_that_add_tensors():
+def test_options_that_add_tensors() -> None:
     plain = parse_config(tiny_config(n_layers=1)).tensor_shapes()
     config = parse_config(
         tiny_config(n_layers=1, qk_ln=True, no_bias=False, tie_word_embeddings=False, expansion_ratio=2)
@@ -172,14 +172,14 @@ def test_options_that_add_tensors():
     ],
     ids=str,
 )
-def test_value_is_taken_as_it_is_meant(changes, expected):
+def test_value_is_taken_as_it_is_meant(changes: dict[str, Any], expected: dict[str, Any]) -> None:
     plain = parse_config(tiny_config())
     found = parse_config(tiny_config(**changes))
     assert found == MPTConfig(**vars(plain) | expected)
     assert [type(v) for v in (found.d_model, found.n_heads, found.max_seq_len)] == [int, int, int]
 
 
-def test_alibi_must_be_said_except_to_transformers_where_it_is_the_default():
+def test_alibi_must_be_said_except_to_transformers_where_it_is_the_default() -> None:
     raw = tiny_config()
     del raw["attn_config"], raw["model_type"]
     assert parse_config(raw) == parse_config(tiny_config())
@@ -187,7 +187,7 @@ def test_alibi_must_be_said_except_to_transformers_where_it_is_the_default():
     assert refusal(raw) == "config.json: attn_config.alibi is False; this engine computes only True"
 
 
-def test_flat_config_of_mosaic_gpt_has_all_its_own_names():
+def test_flat_config_of_mosaic_gpt_has_all_its_own_names() -> None:
     raw = json.loads((CONFIGS / "mpt-1b-redpajama-200b.json").read_text(encoding="utf-8"))
     raw |= {"mlp_ratio": 3, "attn_clip_qkv": 5, "alibi_bias_max": 16, "softmax_scale": 0.5, "attn_qk_ln": False}
     assert parse_config(raw) == MPTConfig(
@@ -238,13 +238,13 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize(("changes", "what", "wanted"), UNSUPPORTED, ids=[what for _, what, _ in UNSUPPORTED])
-def test_option_that_we_do_not_compute_is_refused_by_name(changes, what, wanted):
+def test_option_that_we_do_not_compute_is_refused_by_name(changes: dict[str, Any], what: str, wanted: str) -> None:
     assert refusal(tiny_config(**changes)) == f"config.json: {what}; this engine computes only {wanted}"
 
 
 @pytest.mark.parametrize("name", ["d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len"])
 @pytest.mark.parametrize("value", [0, -4, 2.5, math.nan, math.inf, True, "64", None, [64]])
-def test_size_must_be_a_positive_whole_number(name, value):
+def test_size_must_be_a_positive_whole_number(name: str, value: object) -> None:
     message = f"config.json: {name} must be a positive whole number, got {value!r}"
     assert refusal(tiny_config(**{name: value})) == message
     raw = tiny_config()
@@ -256,7 +256,7 @@ def test_size_must_be_a_positive_whole_number(name, value):
     "name", ["alibi_bias_max", "clip_qkv", "softmax_scale", "expansion_ratio", "logit_scale", "norm_eps"]
 )
 @pytest.mark.parametrize("value", ["6", True, math.nan, math.inf, [6]])
-def test_number_must_be_one(name, value):
+def test_number_must_be_one(name: str, value: object) -> None:
     assert refusal(tiny_config(**{name: value})) == f"config.json: {name} must be a number, got {value!r}"
 
 
@@ -272,11 +272,11 @@ def test_number_must_be_one(name, value):
     ],
     ids=str,
 )
-def test_config_that_makes_no_sense_is_refused(changes, message):
+def test_config_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:
     assert refusal(tiny_config(**changes)) == message
 
 
-def test_attn_config_must_be_an_object():
+def test_attn_config_must_be_an_object() -> None:
     assert (
         refusal(tiny_config() | {"attn_config": ["alibi"]})
         == "config.json: attn_config must be an object, got ['alibi']"
@@ -286,12 +286,12 @@ def test_attn_config_must_be_an_object():
 # The file ------------------------------------------------------------------------------------------------------------
 
 
-def test_config_is_read_from_its_folder(tmp_path):
+def test_config_is_read_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()), encoding="utf-8")
     assert read_config(tmp_path) == parse_config(tiny_config())
 
 
-def test_missing_config_is_named(tmp_path):
+def test_missing_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(ModelNotFound) as caught:
         read_config(tmp_path)
     assert str(caught.value) == f"no config.json in {tmp_path}; is AZUREML_MODEL_DIR set to the model's folder?"
@@ -305,7 +305,7 @@ def test_missing_config_is_named(tmp_path):
         (b"\xff", "is not JSON: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
     ],
 )
-def test_config_that_cannot_be_read_is_named(tmp_path, content, problem):
+def test_config_that_cannot_be_read_is_named(tmp_path: Path, content: bytes, problem: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ModelNotFound) as caught:
         read_config(tmp_path)

@@ -19,6 +19,7 @@ from mptserve.engine.checkpoint.finding import Checkpoint
 from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.checkpoint.writing import write_quantized
 from mptserve.engine.devices import load_model
+from mptserve.engine.model import Linear, Norm
 from mptserve.engine.placement import Placement
 from mptserve.engine.quantization.calibration import calibrated_weights
 from mptserve.engine.quantization.codes import Quantized, dequantize, is_quantized, quantize
@@ -154,10 +155,10 @@ def test_each_layer_is_rounded_for_the_inputs_that_it_really_gets(changes: dict[
     seen: list[Tensor] = []
 
     class Listening:
-        def __init__(self, linear):
+        def __init__(self, linear: Linear) -> None:
             self.linear = linear
 
-        def gelu(self, x, norm):
+        def gelu(self, x: Tensor, norm: Norm) -> Tensor:
             seen.append(norm(x))
             return self.linear.gelu(x, norm)
 

@@ -367,7 +367,7 @@ def test_sampling_draws_what_sampling_py_draws(n_vocab: int) -> None:
 
 
 @triton.jit
-def _least_kept(logits, mass_left_out, least, V: tl.constexpr, TILE: tl.constexpr):
+def _least_kept(logits, mass_left_out, least, V: tl.constexpr, TILE: tl.constexpr):  # noqa: ANN001, ANN202 - compiled by Triton
     about = (logits, logits, logits, logits, False, False, False, 1.0, 1.0, 0.0, 0.0)
     everything = tl.full([], -(1 << 31), tl.int32)
     best = tl.full([], 0.0, tl.float32)
@@ -405,7 +405,7 @@ def test_a_first_tile_without_any_token_leaves_the_mass_a_number() -> None:
 
 
 @triton.jit
-def _noise(bits, out, N: tl.constexpr):
+def _noise(bits, out, N: tl.constexpr):  # noqa: ANN001, ANN202 - compiled by Triton
     i = tl.arange(0, N)
     tl.store(out + i, sampling_kernel._gumbel(tl.load(bits + i)))
 

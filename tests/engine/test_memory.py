@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ MACHINE = 10**12
 
 
 @pytest.fixture
-def cgroup(tmp_path, monkeypatch):
+def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that writes the files of a container, on a machine with a terabyte free and 16 cores."""
     monkeypatch.setattr(memory, "_CGROUP", tmp_path)
     monkeypatch.setattr(memory, "_machine_bytes", lambda: MACHINE)
@@ -29,30 +30,30 @@ def cgroup(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("cgroup")
-def test_without_a_container_all_is_the_machines():
+def test_without_a_container_all_is_the_machines() -> None:
     assert (available_bytes(CPU), available_cores()) == (MACHINE, 16)
 
 
-def test_container_without_limits_is_the_machine(cgroup):
+def test_container_without_limits_is_the_machine(cgroup: Callable[..., None]) -> None:
     cgroup(memory_max="max\n", memory_current="5000\n", cpu_max="max 100000\n")
     assert (available_bytes(CPU), available_cores()) == (MACHINE, 16)
 
 
-def test_containers_limit_less_what_it_uses_is_free(cgroup):
+def test_containers_limit_less_what_it_uses_is_free(cgroup: Callable[..., None]) -> None:
     cgroup(memory_max="8000\n", memory_current="5000\n")
     assert available_bytes(CPU) == 3000
     cgroup(memory_current="9000\n")
     assert available_bytes(CPU) == 0
 
 
-def test_cached_files_of_the_container_are_free(cgroup):
+def test_cached_files_of_the_container_are_free(cgroup: Callable[..., None]) -> None:
     """A model that was just downloaded fills the container's page cache, which the kernel gives back."""
     stat = "anon 1000\nfile 6500\nkernel 10\nshmem 500\nactive_anon 1500\ninactive_file 4000\nactive_file 2000\n"
     cgroup(memory_max="8000\n", memory_current="7500\n", memory_stat=stat)
     assert available_bytes(CPU) == 8000 - 7500 + 6000
 
 
-def test_machine_may_have_less_than_the_container_allows(cgroup):
+def test_machine_may_have_less_than_the_container_allows(cgroup: Callable[..., None]) -> None:
     cgroup(memory_max=f"{2 * MACHINE}\n", memory_current="0\n")
     assert available_bytes(CPU) == MACHINE
 
@@ -61,37 +62,39 @@ def test_machine_may_have_less_than_the_container_allows(cgroup):
     ("quota", "cores"),
     [("400000 100000", 4), ("250000 100000", 2), ("50000 100000", 1), ("9900000 100000", 16), ("x", 16)],
 )
-def test_cores_are_the_containers_whole_ones_at_least_one(cgroup, quota, cores):
+def test_cores_are_the_containers_whole_ones_at_least_one(cgroup: Callable[..., None], quota: str, cores: int) -> None:
     cgroup(cpu_max=f"{quota}\n")
     assert available_cores() == cores
 
 
-def test_this_machine_has_some_of_both():
+def test_this_machine_has_some_of_both() -> None:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert 0 < available_bytes(CPU) <= total
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
 
 
-def test_machine_says_in_kilobytes_what_is_free(monkeypatch):
+def test_machine_says_in_kilobytes_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     content = "MemTotal:       24000 kB\nMemFree:          100 kB\nMemAvailable:    2048 kB\nBuffers: 5 kB\n"
     monkeypatch.setattr(Path, "read_text", lambda self: {"/proc/meminfo": content}[str(self)])
     assert memory._machine_bytes() == 2048 * 1024
 
 
-def test_gpu_says_itself_what_is_free(monkeypatch):
+def test_gpu_says_itself_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: {"cuda:1": (5, 10)}[str(device)])
     assert available_bytes(torch.device("cuda:1")) == 5
 
 
 @pytest.mark.parametrize(("count", "cores"), [(6, 6), (None, 1)])
 @pytest.mark.usefixtures("cgroup")
-def test_system_without_affinity_has_all_its_cores(monkeypatch, count, cores):
+def test_system_without_affinity_has_all_its_cores(
+    monkeypatch: pytest.MonkeyPatch, count: int | None, cores: int
+) -> None:
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: count)
     assert available_cores() == cores
 
 
-def test_machine_that_does_not_say_what_is_free_has_half(monkeypatch):
+def test_machine_that_does_not_say_what_is_free_has_half(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_file(self: Path) -> str:
         raise FileNotFoundError(self)
 

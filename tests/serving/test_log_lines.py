@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def record(message: str, *args: object, created: float = 0.0, **extra: object) -
 
 
 @pytest.fixture
-def package_logger():
+def package_logger() -> Iterator[logging.Logger]:
     """The package's logger, put back as it was afterwards."""
     logger = logging.getLogger("mptserve")
     before = (logger.handlers[:], logger.level, logger.propagate)
@@ -30,7 +31,7 @@ def package_logger():
     logger.handlers[:], logger.level, logger.propagate = before
 
 
-def test_line_has_time_level_message_and_the_calls_numbers():
+def test_line_has_time_level_message_and_the_calls_numbers() -> None:
     line = JsonFormatter().format(
         record("%d of %s", 3, "four", numbers={"seconds": 0.123456, "tokens": 5, "where": "cpu"})
     )
@@ -44,7 +45,7 @@ def test_line_has_time_level_message_and_the_calls_numbers():
     }
 
 
-def test_trace_and_line_breaks_stay_in_one_line():
+def test_trace_and_line_breaks_stay_in_one_line() -> None:
     try:
         raise ValueError("two\nlines")
     except ValueError:
@@ -60,19 +61,21 @@ def test_trace_and_line_breaks_stay_in_one_line():
     ("value", "expected"),
     [("\ud800", "\ud800"), ("é🦊", "é🦊"), (Path("/models"), "/models"), ({"eos": 2}, {"eos": 2}), (None, None)],
 )
-def test_line_can_be_written_whatever_the_value(value, expected):
+def test_line_can_be_written_whatever_the_value(value: object, expected: object) -> None:
     line = JsonFormatter().format(record("x", numbers={"value": value}))
     line.encode("ascii")  # what standard output takes depends on the machine
     assert json.loads(line)["value"] == expected
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_number_that_json_lacks_is_written_as_text(value):
+def test_number_that_json_lacks_is_written_as_text(value: float) -> None:
     line = JsonFormatter().format(record("x", numbers={"value": value}))
     assert json.loads(line, parse_constant=pytest.fail)["value"] == str(value)
 
 
-def test_package_logs_from_its_level_on_and_once(package_logger, monkeypatch):
+def test_package_logs_from_its_level_on_and_once(
+    package_logger: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
     output = io.StringIO()
     monkeypatch.setattr(sys, "stdout", output)
     for _ in range(2):
@@ -88,7 +91,7 @@ def test_package_logs_from_its_level_on_and_once(package_logger, monkeypatch):
     assert (len(package_logger.handlers), package_logger.propagate) == (1, False)
 
 
-def test_other_loggers_are_left_alone(package_logger):
+def test_other_loggers_are_left_alone(package_logger: logging.Logger) -> None:
     root_before = logging.getLogger().handlers[:]
     set_up_logging("DEBUG")
     assert logging.getLogger().handlers == root_before

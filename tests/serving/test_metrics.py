@@ -30,7 +30,7 @@ def sequence(n_out: int, timings: Timings) -> Sequence:
     return seq
 
 
-def test_nothing_has_happened_yet():
+def test_nothing_has_happened_yet() -> None:
     assert without_buckets(read(Metrics())) == {
         "mpt_request_seconds_count": 0,
         "mpt_request_seconds_sum": 0,
@@ -41,7 +41,7 @@ def test_nothing_has_happened_yet():
     }
 
 
-def test_requests_are_counted_by_status_and_code():
+def test_requests_are_counted_by_status_and_code() -> None:
     metrics = Metrics()
     for status, code, seconds in ((200, "", 0.5), (200, "", 1.5), (400, "wrong_type", 0.25), (429, "queue_full", 0.0)):
         metrics.request(status, code, seconds)
@@ -57,7 +57,7 @@ def test_requests_are_counted_by_status_and_code():
     assert found["mpt_request_seconds_bucket{le=180.0}"] == 4
 
 
-def test_sequence_gives_its_first_token_and_its_mean_gap():
+def test_sequence_gives_its_first_token_and_its_mean_gap() -> None:
     metrics = Metrics()
     metrics.sequence(sequence(5, Timings(submitted=10.0, admitted=10.25, first_token=10.5, finished=12.5)))
     metrics.sequence(sequence(2, Timings(submitted=20.0, admitted=20.0, first_token=21.0, finished=21.25)))
@@ -66,7 +66,7 @@ def test_sequence_gives_its_first_token_and_its_mean_gap():
     assert (found["mpt_token_seconds_count"], found["mpt_token_seconds_sum"]) == (2, 0.75)
 
 
-def test_buckets_reach_from_a_token_to_the_longest_request():
+def test_buckets_reach_from_a_token_to_the_longest_request() -> None:
     found = [name for name in read(Metrics()) if "_bucket{" in name]
     seconds = [
         "0.01",
@@ -89,7 +89,7 @@ def test_buckets_reach_from_a_token_to_the_longest_request():
     assert found == [f"{name}_bucket{{le={edge}}}" for name, of_name in edges.items() for edge in of_name]
 
 
-def test_one_token_has_no_gap_and_no_token_has_no_first():
+def test_one_token_has_no_gap_and_no_token_has_no_first() -> None:
     metrics = Metrics()
     metrics.sequence(sequence(1, Timings(submitted=10.0, first_token=10.5, finished=10.5)))
     metrics.sequence(sequence(0, Timings(submitted=10.0, finished=30.0)))
@@ -97,7 +97,7 @@ def test_one_token_has_no_gap_and_no_token_has_no_first():
     assert (found["mpt_first_token_seconds_count"], found["mpt_token_seconds_count"]) == (1, 0)
 
 
-def test_engines_own_numbers_are_read_at_every_scrape():
+def test_engines_own_numbers_are_read_at_every_scrape() -> None:
     metrics = Metrics()
     stats = EngineStats(
         prompt_tokens=11,
@@ -141,13 +141,13 @@ def test_engines_own_numbers_are_read_at_every_scrape():
     assert without_buckets(read(metrics)) == nothing | later
 
 
-def test_two_servers_in_one_process_count_apart():
+def test_two_servers_in_one_process_count_apart() -> None:
     one, other = Metrics(), Metrics()
     one.request(200, "", 1.0)
     assert read(other)["mpt_request_seconds_count"] == 0
 
 
-def test_every_metric_says_what_it_is():
+def test_every_metric_says_what_it_is() -> None:
     metrics = Metrics()
     metrics.watch(EngineStats)
     families = list(text_string_to_metric_families(metrics.exposition().decode("utf-8")))

@@ -3,12 +3,14 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 
 from batches import job, results, write
+from mptserve.service import Service
 from openai_process import OpenAIServer
 from serving import eventually, metrics, post, request
 
@@ -33,7 +35,7 @@ def scored(openai_server: OpenAIServer, prompt: Any, **parameters: Any) -> Any:
 # Completions ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_completion_says_what_it_cost_and_why_it_ended(client):
+def test_a_completion_says_what_it_cost_and_why_it_ended(client: openai.OpenAI) -> None:
     found = client.completions.create(model="mpt-8m", prompt=STORY, max_tokens=12, **SAMPLED)
     assert (found.object, found.model, len(found.choices)) == ("text_completion", "mpt-8m", 1)
     choice, usage = found.choices[0], found.usage
@@ -43,7 +45,9 @@ def test_a_completion_says_what_it_cost_and_why_it_ended(client):
     assert client.completions.create(model="m", prompt=STORY, **SAMPLED).usage.completion_tokens == 16
 
 
-def test_every_door_gives_the_same_text_for_the_same_seed(client, openai_server, service, tmp_path):
+def test_every_door_gives_the_same_text_for_the_same_seed(
+    client: openai.OpenAI, openai_server: OpenAIServer, service: Service, tmp_path: Path
+) -> None:
     v1 = client.completions.create(model="m", prompt=STORY, max_tokens=40, **SAMPLED).choices[0].text
     body = request(STORY, max_new_tokens=40, return_full_text=False, **SAMPLED)
     assert post(openai_server.port, body).json == [{"0": v1}]
@@ -63,7 +67,7 @@ def test_every_door_gives_the_same_text_for_the_same_seed(client, openai_server,
     assert raw[0]["0"].lstrip() == text
 
 
-def test_a_stream_joined_is_the_whole(client):
+def test_a_stream_joined_is_the_whole(client: openai.OpenAI) -> None:
     for extra in ({}, {"n": 3}, {"stop": [" the", "."]}, {"logprobs": 2, "n": 2}):
         asked: dict[str, Any] = {"model": "m", "prompt": [STORY, "The king"], "max_tokens": 24} | SAMPLED | extra
         whole = client.completions.create(**asked)
@@ -81,7 +85,7 @@ def test_a_stream_joined_is_the_whole(client):
                     assert joined == getattr(choice.logprobs, name)
 
 
-def test_several_prompts_answers_and_ids_come_in_order(client):
+def test_several_prompts_answers_and_ids_come_in_order(client: openai.OpenAI) -> None:
     found = client.completions.create(model="m", prompt=[STORY, "The king"], n=2, max_tokens=8, seed=1)
     assert [c.index for c in found.choices] == [0, 1, 2, 3]
     assert found.usage.prompt_tokens == 4 + 2
@@ -89,7 +93,7 @@ def test_several_prompts_answers_and_ids_come_in_order(client):
     assert [c.text for c in found.choices[2:]] == [c.text for c in alone.choices]
 
 
-def test_a_prompt_may_be_token_ids(client, openai_server):
+def test_a_prompt_may_be_token_ids(client: openai.OpenAI, openai_server: OpenAIServer) -> None:
     ids = post(openai_server.port, {"prompt": STORY}, path="/tokenize").json
     assert (ids["count"], ids["max_model_len"]) == (len(ids["tokens"]), 2048)
     assert post(openai_server.port, {"tokens": ids["tokens"]}, path="/detokenize").json == {"prompt": STORY}
@@ -103,26 +107,26 @@ def test_a_prompt_may_be_token_ids(client, openai_server):
     assert post(openai_server.port, {"tokens": []}, path="/detokenize").json == {"prompt": ""}
 
 
-def test_our_name_of_a_parameter_of_openais_is_refused_with_theirs(openai_server):
+def test_our_name_of_a_parameter_of_openais_is_refused_with_theirs(openai_server: OpenAIServer) -> None:
     refused = post(openai_server.port, {"prompt": STORY, "max_new_tokens": 5}, path="/v1/completions")
     assert refused.json["error"]["message"] == "`max_new_tokens` is not known; did you mean `max_tokens`?"
 
 
-def test_echo_gives_the_prompt_back(client):
+def test_echo_gives_the_prompt_back(client: openai.OpenAI) -> None:
     asked = {"model": "m", "prompt": STORY, "max_tokens": 8, "seed": 1}
     assert client.completions.create(**asked, echo=True).choices[0].text == (
         STORY + client.completions.create(**asked).choices[0].text
     )
 
 
-def test_stop_strings_end_an_answer_and_are_not_in_it(client):
+def test_stop_strings_end_an_answer_and_are_not_in_it(client: openai.OpenAI) -> None:
     free = client.completions.create(model="m", prompt=STORY, max_tokens=40, temperature=0).choices[0].text
     stop = free[10:15]
     cut = client.completions.create(model="m", prompt=STORY, max_tokens=40, temperature=0, stop=stop).choices[0]
     assert (cut.text, cut.finish_reason, cut.stop_reason) == (free[: free.index(stop)], "stop", "stop")
 
 
-def test_log_probabilities_are_those_of_score(client, openai_server):
+def test_log_probabilities_are_those_of_score(client: openai.OpenAI, openai_server: OpenAIServer) -> None:
     theirs = client.completions.create(model="m", prompt=STORY, max_tokens=6, logprobs=3, **SAMPLED).choices[0].logprobs
     parameters = {"max_new_tokens": 6, "logprobs": 3, "details": True} | SAMPLED
     ours = scored(openai_server, STORY, **parameters)[0]["details"]["0"]["logprobs"]
@@ -133,7 +137,7 @@ def test_log_probabilities_are_those_of_score(client, openai_server):
         assert {own["token"]: own["logprob"]} | {t["token"]: t["logprob"] for t in own["top"]} == found
 
 
-def test_a_logit_bias_forces_and_forbids(client, openai_server):
+def test_a_logit_bias_forces_and_forbids(client: openai.OpenAI, openai_server: OpenAIServer) -> None:
     (king,) = post(openai_server.port, {"prompt": " king"}, path="/tokenize").json["tokens"]
     asked = {"model": "m", "prompt": "The", "max_tokens": 5, "temperature": 0}
     assert client.completions.create(**asked, logit_bias={str(king): 100}).choices[0].text == " king" * 5
@@ -146,7 +150,7 @@ def test_a_logit_bias_forces_and_forbids(client, openai_server):
 # Chat ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_chat_streams_its_role_then_its_words(client):
+def test_a_chat_streams_its_role_then_its_words(client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi!"}], "max_tokens": 20} | SAMPLED
     whole = client.chat.completions.create(**asked, n=2, logprobs=True, top_logprobs=2)
     chunks = list(client.chat.completions.create(**asked, n=2, logprobs=True, top_logprobs=2, stream=True))
@@ -161,7 +165,7 @@ def test_a_chat_streams_its_role_then_its_words(client):
         assert [len(t.top_logprobs) for t in tokens] == [2] * len(tokens)
 
 
-def test_the_answer_ends_where_the_other_side_would_speak(client):
+def test_the_answer_ends_where_the_other_side_would_speak(client: openai.OpenAI) -> None:
     """A base model goes on with both sides; the template's stop strings are its guard."""
     found = client.chat.completions.create(
         model="m", messages=[{"role": "user", "content": "Hi, I'd like a latte."}], seed=1, temperature=0.5
@@ -170,8 +174,8 @@ def test_the_answer_ends_where_the_other_side_would_speak(client):
     assert "Customer:" not in found.choices[0].message.content
 
 
-def test_a_request_may_choose_its_template(client, openai_server):
-    def ids(**more):
+def test_a_request_may_choose_its_template(client: openai.OpenAI, openai_server: OpenAIServer) -> None:
+    def ids(**more: str) -> list[int]:
         return post(openai_server.port, {"messages": [{"role": "user", "content": "x"}]} | more, path="/tokenize").json[
             "tokens"
         ]
@@ -187,7 +191,7 @@ def test_a_request_may_choose_its_template(client, openai_server):
     assert ids() == ids(chat_template="own")
 
 
-def test_messages_may_come_in_parts_and_from_developers(client):
+def test_messages_may_come_in_parts_and_from_developers(client: openai.OpenAI) -> None:
     parts = [{"type": "text", "text": "Hi, "}, {"type": "text", "text": "there"}]
     asked = {"model": "m", "max_completion_tokens": 8, "seed": 1}
     first = client.chat.completions.create(
@@ -200,7 +204,7 @@ def test_messages_may_come_in_parts_and_from_developers(client):
 
 
 @pytest.mark.slow
-def test_a_chat_without_a_limit_gets_what_there_is_room_for(client):
+def test_a_chat_without_a_limit_gets_what_there_is_room_for(client: openai.OpenAI) -> None:
     long = "word " * 1900
     found = client.chat.completions.create(model="m", messages=[{"role": "user", "content": long}], seed=1)
     assert found.usage.total_tokens <= 2048
@@ -209,7 +213,7 @@ def test_a_chat_without_a_limit_gets_what_there_is_room_for(client):
     assert refused.value.code == "context_length_exceeded"
 
 
-def test_the_list_of_models_has_the_one(client):
+def test_the_list_of_models_has_the_one(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.max_model_len, model.chat_template) == ("mpt-8m", 2048, "own")
     assert client.models.retrieve("mpt-8m") == model
@@ -307,14 +311,16 @@ CHAT = {"messages": [{"role": "user", "content": "x"}]}
         ),
     ],
 )
-def test_what_is_wrong_is_named_and_never_repeated(openai_server, path, body, message, param, code):
+def test_what_is_wrong_is_named_and_never_repeated(
+    openai_server: OpenAIServer, path: str, body: dict[str, Any], message: str, param: str | None, code: str
+) -> None:
     reply = post(openai_server.port, body, path=f"/v1/{path}")
     error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
     assert (reply.status, reply.json) == (400, {"error": error})
     assert "secret" not in reply.body.decode()
 
 
-def test_a_client_that_times_out_stops_its_generation(openai_server):
+def test_a_client_that_times_out_stops_its_generation(openai_server: OpenAIServer) -> None:
     with openai.OpenAI(base_url=f"{openai_server.url}/v1", api_key="x", max_retries=0, timeout=0.5) as hurried:
         before = metrics(openai_server.port).get("mpt_sequences_total{reason=cancelled}", 0)
         with pytest.raises(openai.APITimeoutError):
@@ -324,7 +330,7 @@ def test_a_client_that_times_out_stops_its_generation(openai_server):
     assert metrics(openai_server.port)["mpt_running"] == 0
 
 
-def test_a_stream_that_is_closed_stops_its_generation(client, openai_server):
+def test_a_stream_that_is_closed_stops_its_generation(client: openai.OpenAI, openai_server: OpenAIServer) -> None:
     gone = "mpt_sequences_total{reason=cancelled}"
     before = metrics(openai_server.port).get(gone, 0)
     stream = client.completions.create(
@@ -335,7 +341,7 @@ def test_a_stream_that_is_closed_stops_its_generation(client, openai_server):
     eventually(lambda: metrics(openai_server.port).get(gone, 0) == before + 1, "a cancelled sequence")
 
 
-def test_asynchronous_clients_share_the_engine(openai_server):
+def test_asynchronous_clients_share_the_engine(openai_server: OpenAIServer) -> None:
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{openai_server.url}/v1", api_key="x") as client:
             asked = [
@@ -347,7 +353,7 @@ def test_asynchronous_clients_share_the_engine(openai_server):
 
 
 @pytest.mark.slow
-def test_a_busy_server_says_when_to_come_back():
+def test_a_busy_server_says_when_to_come_back() -> None:
     with OpenAIServer({"MPT_QUEUE_LIMIT": "1", "MPT_MAX_ROWS": "1"}) as busy:
         long = {"prompt": STORY, "max_tokens": 1500, "n": 4, "ignore_eos": True, "stream": True}
         with openai.OpenAI(base_url=f"{busy.url}/v1", api_key="x", max_retries=0) as client:
@@ -365,7 +371,9 @@ def test_a_busy_server_says_when_to_come_back():
 # LangChain -----------------------------------------------------------------------------------------------------------
 
 
-def test_langchains_chat_model_answers_with_any_key_and_the_library_chosen_model_name(openai_server, monkeypatch):
+def test_langchains_chat_model_answers_with_any_key_and_the_library_chosen_model_name(
+    openai_server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What an on-premise service of this model told its users to type, with today's imports."""
     from langchain_core.messages import HumanMessage
     from langchain_core.output_parsers import StrOutputParser
@@ -385,7 +393,7 @@ def test_langchains_chat_model_answers_with_any_key_and_the_library_chosen_model
     assert "".join(chain.stream({"user_message": "What is a harbour?"}))
 
 
-def test_langchains_completion_model_answers(openai_server):
+def test_langchains_completion_model_answers(openai_server: OpenAIServer) -> None:
     from langchain_openai import OpenAI
 
     llm = OpenAI(base_url=f"{openai_server.url}/v1", api_key="x", model="mpt-8m", max_tokens=20, temperature=0)
@@ -396,7 +404,7 @@ def test_langchains_completion_model_answers(openai_server):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_langchains_azure_ml_classes_read_score(openai_server):
+def test_langchains_azure_ml_classes_read_score(openai_server: OpenAIServer) -> None:
     from langchain_community.chat_models.azureml_endpoint import (
         AzureMLChatOnlineEndpoint,
         CustomOpenAIChatContentFormatter,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ def openai_server() -> Iterator[OpenAIServer]:
 
 
 @pytest.fixture(scope="module")
-def described(openai_server) -> Any:
+def described(openai_server: OpenAIServer) -> Any:
     return schemathesis.openapi.from_url(f"{openai_server.url}/openapi.json")
 
 
@@ -43,7 +44,7 @@ OPERATIONS = [
 ]
 
 
-def test_every_route_is_described(described):
+def test_every_route_is_described(described: Any) -> None:
     found = [(o.ok().method.upper(), o.ok().path) for o in described.get_all_operations()]
     assert sorted(found) == sorted(OPERATIONS)
 
@@ -51,7 +52,9 @@ def test_every_route_is_described(described):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode), ids=lambda mode: mode.name)
 @pytest.mark.parametrize(("method", "path"), OPERATIONS)
-def test_nothing_that_the_description_allows_or_forbids_is_an_error_of_ours(described, method, path, mode):
+def test_nothing_that_the_description_allows_or_forbids_is_an_error_of_ours(
+    described: Any, method: str, path: str, mode: Enum
+) -> None:
     if method == "GET" and mode is schemathesis.GenerationMode.NEGATIVE:
         return  # there is nothing to get wrong
 
@@ -92,7 +95,7 @@ PIECES = st.recursive(
         max_size=3,
     ),
 )
-def test_any_json_at_all_is_answered(openai_server, path, body):
+def test_any_json_at_all_is_answered(openai_server: OpenAIServer, path: str, body: dict[str, Any]) -> None:
     reply = post(openai_server.port, {"max_tokens": 1} | body, path=path)
     assert reply.status in (200, 400), (reply.status, json.dumps(body))
     assert get(openai_server.port, "/health/ready").status == 200

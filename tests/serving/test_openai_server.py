@@ -9,9 +9,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
 from mptserve.errors import BadSetting
 from mptserve.openai_server import middleware as http_edge
@@ -45,7 +47,7 @@ def bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
 
 
-def test_each_key_opens_every_route_and_no_other_does(locked):
+def test_each_key_opens_every_route_and_no_other_does(locked: OpenAIServer) -> None:
     body = {"prompt": STORY, "max_tokens": 2}
     for headers in (bearer("first-key"), bearer("second-key"), {"api-key": "second-key"}):
         assert post(locked.port, body, headers, "/v1/completions").status == 200
@@ -65,7 +67,7 @@ def test_each_key_opens_every_route_and_no_other_does(locked):
     assert [get(locked.port, path).status for path in ("/", "/health/live", "/health/ready")] == [200] * 3
 
 
-def test_keys_are_rotated_without_a_restart(tmp_path):
+def test_keys_are_rotated_without_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("old\n", encoding="utf-8")
     keys = ApiKeys(path)
@@ -84,7 +86,7 @@ def test_keys_are_rotated_without_a_restart(tmp_path):
         keys.check("newest")
 
 
-def test_a_file_without_keys_stops_the_start(tmp_path):
+def test_a_file_without_keys_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(BadSetting, match="cannot be read: FileNotFoundError"):
         ApiKeys(tmp_path / "none")
     (tmp_path / "empty").write_text("# nobody\n", encoding="utf-8")
@@ -95,7 +97,7 @@ def test_a_file_without_keys_stops_the_start(tmp_path):
 # Requests ------------------------------------------------------------------------------------------------------------
 
 
-def test_score_behaves_as_on_azures_own_server(openai_server):
+def test_score_behaves_as_on_azures_own_server(openai_server: OpenAIServer) -> None:
     body = request(STORY, max_new_tokens=8, seed=1)
     reply = post(openai_server.port, body, {"x-request-id": "mine"})
     assert (reply.status, reply.headers["x-request-id"], reply.headers["x-mpt-finish-reason"]) == (
@@ -112,7 +114,7 @@ def test_score_behaves_as_on_azures_own_server(openai_server):
     assert "".join(e.data["text"] for e in events[:-1]) == reply.json[0]["0"]
 
 
-def test_messages_to_score_are_answered_as_azures_chat_task_does(openai_server):
+def test_messages_to_score_are_answered_as_azures_chat_task_does(openai_server: OpenAIServer) -> None:
     messages = [{"role": "user", "content": "Hi, I'd like a latte."}]
     body = {"input_data": {"input_string": messages, "parameters": {"seed": 1, "max_new_tokens": 20}}}
     found = post(openai_server.port, body).json
@@ -137,13 +139,15 @@ def test_messages_to_score_are_answered_as_azures_chat_task_does(openai_server):
         ([{"role": "user", "content": "x"}, "y"], "wrong_type", "/1", "must be an object, got a string of 1 character"),
     ],
 )
-def test_messages_that_are_none_are_named(openai_server, messages, code, field, message):
+def test_messages_that_are_none_are_named(
+    openai_server: OpenAIServer, messages: list[Any], code: str, field: str, message: str
+) -> None:
     error = post(openai_server.port, {"input_data": {"input_string": messages}}).json["error"]
     assert (error["code"], error["field"]) == (code, f"/input_data/input_string{field}")
     assert message in error["message"]
 
 
-def test_bodies_are_bounded_and_their_kind_is_not_asked(openai_server):
+def test_bodies_are_bounded_and_their_kind_is_not_asked(openai_server: OpenAIServer) -> None:
     body = json.dumps({"prompt": STORY, "max_tokens": 1})
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     assert post(openai_server.port, body.encode(), form, "/v1/completions").status == 200
@@ -154,7 +158,7 @@ def test_bodies_are_bounded_and_their_kind_is_not_asked(openai_server):
         assert (reply.status, reply.json["error"]["type"]) == (400, "invalid_request_error")
 
 
-def test_unknown_routes_and_methods_are_refused_in_openais_shape(openai_server):
+def test_unknown_routes_and_methods_are_refused_in_openais_shape(openai_server: OpenAIServer) -> None:
     assert get(openai_server.port, "/v2").json == {
         "error": {"message": "GET: Not Found", "type": "not_found_error", "param": None, "code": "not_found"}
     }
@@ -162,7 +166,7 @@ def test_unknown_routes_and_methods_are_refused_in_openais_shape(openai_server):
     assert (reply.status, reply.json["error"]["code"]) == (405, "method_not_allowed")
 
 
-def test_the_page_may_load_nothing_from_elsewhere(openai_server):
+def test_the_page_may_load_nothing_from_elsewhere(openai_server: OpenAIServer) -> None:
     page = get(openai_server.port, "/")
     assert page.headers["content-type"].startswith("text/html")
     policy = page.headers["content-security-policy"]
@@ -172,7 +176,7 @@ def test_the_page_may_load_nothing_from_elsewhere(openai_server):
     assert b"https://" not in page.body
 
 
-def test_a_model_that_is_not_there_ends_the_process_with_the_reason(tmp_path):
+def test_a_model_that_is_not_there_ends_the_process_with_the_reason(tmp_path: Path) -> None:
     openai_server = OpenAIServer(model_dir=tmp_path)
     assert openai_server.process.wait(PATIENCE_S) == 70
     openai_server.stop()
@@ -188,7 +192,7 @@ def raw(port: int, data: bytes) -> socket.socket:
     return sock
 
 
-def test_oversized_headers_are_refused(openai_server):
+def test_oversized_headers_are_refused(openai_server: OpenAIServer) -> None:
     begun = b"GET / HTTP/1.1\r\nHost: x\r\nX-Long: " + b"x" * 100_000
     with raw(openai_server.port, begun + b"\r\n\r\n") as sock:
         assert sock.recv(100).startswith((b"HTTP/1.1 431", b"HTTP/1.1 400"))  # whole, or in pieces
@@ -201,7 +205,7 @@ class Impatient:
     """The server's application in this process, on a server that waits a second for silent peers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        async def app(scope, receive, send):
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "lifespan":
                 for kind in ("startup", "shutdown"):
                     await receive()
@@ -227,7 +231,7 @@ class Impatient:
         self.sock.close()
 
 
-def test_half_open_connections_are_given_up(monkeypatch):
+def test_half_open_connections_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     with Impatient(monkeypatch) as impatient:
         begun = [
             raw(impatient.port, b""),
@@ -245,7 +249,7 @@ def test_half_open_connections_are_given_up(monkeypatch):
         assert b"incomplete_body" in answer
 
 
-def test_slow_readers_and_aborted_streams_are_nobody_elses_trouble(openai_server):
+def test_slow_readers_and_aborted_streams_are_nobody_elses_trouble(openai_server: OpenAIServer) -> None:
     """64 that read nothing, half of which then hang up without a word; another caller is served as ever."""
     body = json.dumps({"prompt": STORY, "max_tokens": 20, "stream": True, "ignore_eos": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
@@ -271,7 +275,7 @@ def test_slow_readers_and_aborted_streams_are_nobody_elses_trouble(openai_server
 
 
 @pytest.mark.slow
-def test_200_streams_at_once_are_all_whole_and_right(openai_server):
+def test_200_streams_at_once_are_all_whole_and_right(openai_server: OpenAIServer) -> None:
     alone = {}
     for seed in range(4):
         body = {"prompt": STORY, "max_tokens": 8, "seed": seed, "temperature": 0.8}
@@ -299,7 +303,7 @@ def test_200_streams_at_once_are_all_whole_and_right(openai_server):
     )  # the pool that reads prompts, no more
 
 
-def test_sigterm_lets_running_answers_finish_and_lets_nobody_in():
+def test_sigterm_lets_running_answers_finish_and_lets_nobody_in() -> None:
     with OpenAIServer() as openai_server:
         body = {"prompt": STORY, "max_tokens": 100, "stream": True, "ignore_eos": True}
         with (
@@ -324,7 +328,7 @@ def test_sigterm_lets_running_answers_finish_and_lets_nobody_in():
         assert time.monotonic() - started < 20
 
 
-def test_the_log_has_numbers_and_no_text(openai_server):
+def test_the_log_has_numbers_and_no_text(openai_server: OpenAIServer) -> None:
     prompt = "A prompt nobody should ever read in a log"
     post(openai_server.port, {"prompt": prompt, "max_tokens": 4}, {"x-request-id": "logged-one"}, "/v1/completions")
     post(openai_server.port, {"prompt": prompt, "unknown": prompt}, {"x-request-id": "logged-two"}, "/v1/completions")

@@ -41,13 +41,13 @@ def sample(name: str) -> Any:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("defaults", ["{}", '{"temperature": 0.7, "stop": ["x"], "logprobs": 1, "details": true}'])
-def test_document_is_valid(version, defaults):
+def test_document_is_valid(version: str, defaults: str) -> None:
     validator, _ = VERSIONS[version]
     assert [e.message for e in validator(document(version, Settings(defaults=defaults))).iter_errors()] == []
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_document_names_itself_and_its_one_operation(version):
+def test_document_names_itself_and_its_one_operation(version: str) -> None:
     described = document(version)
     assert {k: described[k] for k in ("swagger", "openapi") if k in described} == {
         "2": {"swagger": "2.0"},
@@ -59,7 +59,7 @@ def test_document_names_itself_and_its_one_operation(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_operation_takes_a_request_and_gives_an_answer_or_an_error(version):
+def test_operation_takes_a_request_and_gives_an_answer_or_an_error(version: str) -> None:
     described = document(version)
     operation = described["paths"]["/score"]["post"]
     prefix = "#/definitions/" if version == "2" else "#/components/schemas/"
@@ -85,13 +85,13 @@ def test_operation_takes_a_request_and_gives_an_answer_or_an_error(version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_sample_request_fits(version):
+def test_sample_request_fits(version: str) -> None:
     assert problems(version, "ServiceInput", sample("basic.json")) == []
     assert sample("basic.json") == EXAMPLE
 
 
 @pytest.mark.parametrize("version", ["3", "3.1"])
-def test_every_sample_fits_except_the_mistake(version):
+def test_every_sample_fits_except_the_mistake(version: str) -> None:
     names = [path.name for path in sorted(SAMPLES.glob("*.json"))]
     misfits = [name for name in names if problems(version, "ServiceInput", sample(name))]
     assert (len(names) > 4, misfits) == (True, ["mistake.json"])
@@ -111,7 +111,7 @@ def test_every_sample_fits_except_the_mistake(version):
         {"inputs": "x", "parameters": {"stop": None, "do_sample": None, "temperature": None}},
     ],
 )
-def test_every_dialect_list_and_null_is_described(version, body):
+def test_every_dialect_list_and_null_is_described(version: str, body: dict[str, Any]) -> None:
     RequestParser(Settings()).parse(json.dumps(body).encode())
     assert problems(version, "ServiceInput", body) == []
 
@@ -130,12 +130,12 @@ def test_every_dialect_list_and_null_is_described(version, body):
         {"temprature": 1},
     ],
 )
-def test_mistakes_are_described_too(version, parameters):
+def test_mistakes_are_described_too(version: str, parameters: dict[str, Any]) -> None:
     assert problems(version, "ServiceInput", {"input_data": {"input_string": ["x"], "parameters": parameters}}) != []
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_operators_limits_and_defaults_are_described(version):
+def test_operators_limits_and_defaults_are_described(version: str) -> None:
     settings = Settings(max_prompts=1, max_new_tokens=8, max_sequences=2, defaults='{"temperature": 0.5}')
     for parameters in ({"max_new_tokens": 9}, {"num_return_sequences": 3}):
         body = {"input_data": {"input_string": ["x"], "parameters": parameters}}
@@ -172,20 +172,20 @@ DETAILS = {
     ],
     ids=["records", "columns", "details", "list", "list with details"],
 )
-def test_answer_fits(version, answer):
+def test_answer_fits(version: str, answer: list[Any]) -> None:
     """Version 2 knows no choice between forms and describes the model card's, which is no list."""
     is_list = isinstance(answer[0], str) or "text" in answer[0]
     assert (problems(version, "ServiceOutput", answer) == []) == (version != "2" or not is_list)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_is_no_answer_does_not_fit(version):
+def test_what_is_no_answer_does_not_fit(version: str) -> None:
     for wrong in ({"0": "x"}, [5], [{"0": 5}], [{"0": None}]):
         assert problems(version, "ServiceOutput", wrong) != []
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_error_fits(version):
+def test_error_fits(version: str) -> None:
     for error in (ContextTooLong("too long", field="/input_data"), ContextTooLong("too long")):
         assert problems(version, "Error", error.as_json("id")) == []
     for missing in ("code", "message", "request_id"):
@@ -193,7 +193,7 @@ def test_error_fits(version):
         assert problems(version, "Error", {"error": left}) != []
 
 
-def test_versions_that_predate_json_schema_2020_have_none_of_its_words():
+def test_versions_that_predate_json_schema_2020_have_none_of_its_words() -> None:
     for version in ("2", "3"):
         text = json.dumps(document(version))
         assert [word for word in ('"$defs"', "#/$defs/", '"examples"', '"null"', "x-per-prompt") if word in text] == []
@@ -201,7 +201,7 @@ def test_versions_that_predate_json_schema_2020_have_none_of_its_words():
     assert "oneOf" not in json.dumps(document("2"))
 
 
-def test_making_a_document_changes_nothing():
+def test_making_a_document_changes_nothing() -> None:
     schema = request_schema(Settings())
     before = json.dumps(schema)
     documents = [json.dumps(openapi(schema, version)) for version in VERSIONS]

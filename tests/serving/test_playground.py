@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,7 +92,7 @@ def requested(browser: Any) -> list[dict[str, Any]]:
     return [m["params"]["request"] for m in messages if m["method"] == "Network.requestWillBeSent"]
 
 
-def test_a_conversation_streams_and_is_still_there_after_a_reload(page):
+def test_a_conversation_streams_and_is_still_there_after_a_reload(page: Page) -> None:
     page.set("seed", "1")
     page.say("Hi, I'd like a latte.")
     page.answered()
@@ -112,7 +113,7 @@ def test_a_conversation_streams_and_is_still_there_after_a_reload(page):
     assert page.texts(".turn") == []
 
 
-def test_text_comes_while_it_is_generated_and_stop_stops_it(page):
+def test_text_comes_while_it_is_generated_and_stop_stops_it(page: Page) -> None:
     page.one("#tab-continue").click()
     page.set("max_tokens", "1024")
     page.set("repetition_guard", "0")
@@ -137,7 +138,7 @@ def test_text_comes_while_it_is_generated_and_stop_stops_it(page):
     assert ["stopped by you" in n for n in page.texts(".numbers")] == [True, True]
 
 
-def test_an_instruction_goes_with_its_text_and_stands_alone(page):
+def test_an_instruction_goes_with_its_text_and_stands_alone(page: Page) -> None:
     page.one("#tab-instruct").click()
     page.set("max_tokens", "8")
     requested(page.browser)
@@ -154,7 +155,7 @@ def test_an_instruction_goes_with_its_text_and_stands_alone(page):
     ]
 
 
-def test_an_error_is_shown_and_the_page_goes_on(page):
+def test_an_error_is_shown_and_the_page_goes_on(page: Page) -> None:
     page.set("seed", "minus one")
     page.say("Hi")
     page.answered()
@@ -166,7 +167,7 @@ def test_an_error_is_shown_and_the_page_goes_on(page):
     assert len(page.texts(".turn.assistant")) == 1
 
 
-def test_what_models_and_people_write_is_never_markup(page):
+def test_what_models_and_people_write_is_never_markup(page: Page) -> None:
     page.set("max_tokens", "8")
     page.say("<img src=x onerror=alert(1)><b>bold</b>")
     page.answered()
@@ -174,7 +175,7 @@ def test_what_models_and_people_write_is_never_markup(page):
     assert page.texts("#log img, #log b") == []
 
 
-def test_the_keyboard_is_enough(page):
+def test_the_keyboard_is_enough(page: Page) -> None:
     assert page.browser.switch_to.active_element == page.one("#input")
     page.one("#tab-chat").send_keys(Keys.ARROW_RIGHT)
     assert page.browser.switch_to.active_element == page.one("#tab-instruct")
@@ -188,7 +189,7 @@ def test_the_keyboard_is_enough(page):
     assert page.text("label[for=temperature] output") == "0.75"
 
 
-def test_it_is_usable_on_a_phone_and_in_the_dark(page):
+def test_it_is_usable_on_a_phone_and_in_the_dark(page: Page) -> None:
     size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     try:
         page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -210,7 +211,7 @@ def test_it_is_usable_on_a_phone_and_in_the_dark(page):
         page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
-def test_it_asks_nobody_but_its_own_server(page, openai_server):
+def test_it_asks_nobody_but_its_own_server(page: Page, openai_server: OpenAIServer) -> None:
     requested(page.browser)
     page.browser.refresh()
     page.until(lambda: page.text("#model") == "mpt-8m")
@@ -218,7 +219,7 @@ def test_it_asks_nobody_but_its_own_server(page, openai_server):
     assert [url for url in urls if not url.startswith((openai_server.url, "data:"))] == []
 
 
-def test_it_asks_for_a_key_where_the_server_does(browser, tmp_path):
+def test_it_asks_for_a_key_where_the_server_does(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("open-sesame\n", encoding="utf-8")
     with OpenAIServer({"MPT_API_KEYS_FILE": str(tmp_path / "keys")}) as locked:
         browser.get(locked.url)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -44,7 +44,7 @@ def sampling(body: Any, parser: RequestParser = PARSER) -> list[SamplingParams]:
 # The whole request ---------------------------------------------------------------------------------------------------
 
 
-def test_request_that_sets_nothing_gets_the_defaults():
+def test_request_that_sets_nothing_gets_the_defaults() -> None:
     request = parse({"input_data": {"input_string": "once"}})
     seed = request.prompts[0].sampling.seed
     assert 0 <= seed < 2**32
@@ -79,7 +79,7 @@ def test_request_that_sets_nothing_gets_the_defaults():
     )
 
 
-def test_request_that_sets_everything_gets_all_of_it():
+def test_request_that_sets_everything_gets_all_of_it() -> None:
     body = card(
         ("one", "two"),
         max_new_tokens=[10, 20],
@@ -127,7 +127,7 @@ def test_request_that_sets_everything_gets_all_of_it():
     )
 
 
-def test_null_is_the_same_as_leaving_out():
+def test_null_is_the_same_as_leaving_out() -> None:
     assert sampling(card("x", seed=1) | {}) == sampling(
         card("x", seed=1, **dict.fromkeys(set(PARSER.rules) - {"seed"}))
     )
@@ -176,14 +176,14 @@ def with_parameters(dialect: str, parameters: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_dialect_is_understood(dialect):
+def test_dialect_is_understood(dialect: str) -> None:
     body, prompt_at, _ = DIALECTS[dialect]
     (prompt,) = parse(body).prompts
     assert (prompt.prompt, prompt.pointer, prompt.sampling.top_k) == ("a", prompt_at, 7)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-def test_error_points_into_the_callers_own_dialect(dialect):
+def test_error_points_into_the_callers_own_dialect(dialect: str) -> None:
     at = DIALECTS[dialect][2]
     assert refusal(with_parameters(dialect, {"top_k": "x"})) == (
         "wrong_type",
@@ -193,12 +193,12 @@ def test_error_points_into_the_callers_own_dialect(dialect):
     assert refusal(with_parameters(dialect, [])) == ("wrong_type", at, f"`{at}` must be an object, got a list of 0")
 
 
-def test_parameters_may_be_left_out_where_the_dialect_has_them():
+def test_parameters_may_be_left_out_where_the_dialect_has_them() -> None:
     for body in ({"input_data": {"input_string": ["a"]}}, {"input_data": ["a"]}, {"inputs": "a"}):
         assert [p.prompt for p in parse(body).prompts] == ["a"]
 
 
-def test_quoted_prompt_of_langchain_is_taken_as_it_is():
+def test_quoted_prompt_of_langchain_is_taken_as_it_is() -> None:
     assert parse({"inputs": {"input_string": ['"say hi"']}, "parameters": {}}).prompts[0].prompt == '"say hi"'
 
 
@@ -249,7 +249,7 @@ NO_DIALECT = [
 
 
 @pytest.mark.parametrize(("body", "expected"), NO_DIALECT)
-def test_body_of_no_dialect_is_told_what_is_wrong(body, expected):
+def test_body_of_no_dialect_is_told_what_is_wrong(body: object, expected: tuple[str, str, str]) -> None:
     assert refusal(body) == expected
 
 
@@ -271,15 +271,15 @@ NOT_JSON = [
 
 
 @pytest.mark.parametrize(("body", "message"), NOT_JSON, ids=[message[:40] for _, message in NOT_JSON])
-def test_bytes_that_are_no_json(body, message):
+def test_bytes_that_are_no_json(body: bytes, message: str) -> None:
     assert refusal(body) == ("invalid_json", "", message)
 
 
-def test_byte_order_mark_of_windows_tools_is_skipped():
+def test_byte_order_mark_of_windows_tools_is_skipped() -> None:
     assert parse(b'\xef\xbb\xbf{"input_data": "x"}').prompts[0].prompt == "x"
 
 
-def test_body_may_be_as_large_as_the_limit_and_no_larger():
+def test_body_may_be_as_large_as_the_limit_and_no_larger() -> None:
     parser = RequestParser(Settings(max_body_bytes=100))
     assert parser.parse(b'{"input_data": "x"}'.ljust(100)).prompts[0].prompt == "x"
     with pytest.raises(TooLarge) as caught:
@@ -322,7 +322,9 @@ def count_calls(function: Callable[[], object]) -> int:
         ),
     ],
 )
-def test_list_of_very_many_items_is_refused_without_looking_at_each(item, before, field, message):
+def test_list_of_very_many_items_is_refused_without_looking_at_each(
+    item: bytes, before: bytes, field: str, message: str
+) -> None:
     """A body has room for millions; each look takes 10 to 30 µs of a process that must also answer the health probe."""
     body = before + b"[" + b",".join([item] * 100_000) + b"]" + b"}" * before.count(b"{")
     assert refusal(body) == ("wrong_length", field, message)
@@ -333,14 +335,14 @@ def test_list_of_very_many_items_is_refused_without_looking_at_each(item, before
 
 
 @pytest.mark.parametrize("n", [1, 2, 128])
-def test_any_number_of_prompts_up_to_the_limit(n):
+def test_any_number_of_prompts_up_to_the_limit(n: int) -> None:
     texts = [f"prompt {i}" for i in range(n)]
     assert [(p.prompt, p.pointer) for p in parse(card(texts)).prompts] == [
         (text, f"/input_data/input_string/{i}") for i, text in enumerate(texts)
     ]
 
 
-def test_empty_prompt_is_a_prompt():
+def test_empty_prompt_is_a_prompt() -> None:
     assert [p.prompt for p in parse(card(("", "x"))).prompts] == ["", "x"]
 
 
@@ -362,13 +364,13 @@ BAD_PROMPTS = [
 
 
 @pytest.mark.parametrize(("prompts", "code", "below", "rule"), BAD_PROMPTS)
-def test_bad_prompts_are_refused(prompts, code, below, rule):
+def test_bad_prompts_are_refused(prompts: object, code: str, below: str, rule: str) -> None:
     at = f"/input_data/input_string{below}"
     body = json.dumps(card(prompts)).replace("Infinity", "1e400").encode()
     assert refusal(body) == (code, at, f"`{at}` {rule}")
 
 
-def test_messages_are_one_prompt_without_its_text_in_the_answer():
+def test_messages_are_one_prompt_without_its_text_in_the_answer() -> None:
     talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     found = parse(card(talk, return_full_text=True, chat_template="dolly"))
     prompt = ChatPrompt((Message("system", "Be kind."), Message("user", "Hi")), "dolly")
@@ -385,7 +387,7 @@ def test_messages_are_one_prompt_without_its_text_in_the_answer():
     )
 
 
-def test_surrogate_pair_is_one_character():
+def test_surrogate_pair_is_one_character() -> None:
     assert parse(b'{"input_data": "\\ud83e\\udd8a"}').prompts[0].prompt == "🦊"
 
 
@@ -433,13 +435,13 @@ def parsed(name: str, value: Any) -> Any:
     return value_of(parse(card("x", **{name: value}, **more)), name)
 
 
-def test_tables_here_name_every_parameter():
+def test_tables_here_name_every_parameter() -> None:
     tables = {*INTEGERS, *NUMBERS, *BOOLEANS, "stop", "stop_sequences", "output_format", "chat_template"}
     assert tables == set(PARSER.rules)
 
 
 @pytest.mark.parametrize("name", INTEGERS)
-def test_integer_may_be_anything_in_its_range_and_may_be_written_as_a_float(name):
+def test_integer_may_be_anything_in_its_range_and_may_be_written_as_a_float(name: str) -> None:
     low, high = INTEGERS[name]
     for value in (low, high, (low + high) // 2):
         found = [parsed(name, value), parsed(name, float(value))]
@@ -447,7 +449,7 @@ def test_integer_may_be_anything_in_its_range_and_may_be_written_as_a_float(name
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-def test_number_may_be_anything_in_its_range(name):
+def test_number_may_be_anything_in_its_range(name: str) -> None:
     low, high = NUMBERS[name]
     for value in (low, high, (low + high) / 2):
         found = parsed(name, value)
@@ -455,7 +457,7 @@ def test_number_may_be_anything_in_its_range(name):
 
 
 @pytest.mark.parametrize("name", BOOLEANS)
-def test_boolean_may_be_either(name):
+def test_boolean_may_be_either(name: str) -> None:
     if name == "do_sample":  # becomes a temperature
         assert [parsed_temperature(do_sample=v) for v in (True, False)] == [1.0, 0.0]
     else:
@@ -463,7 +465,7 @@ def test_boolean_may_be_either(name):
 
 
 @pytest.mark.parametrize("value", ["records", "columns", "list"])
-def test_output_format_may_be_any_of_three(value):
+def test_output_format_may_be_any_of_three(value: str) -> None:
     assert parsed("output_format", value) == value
 
 
@@ -502,7 +504,7 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize(("name", "value", "rule"), OUT_OF_RANGE)
-def test_value_out_of_range_is_refused(name, value, rule):
+def test_value_out_of_range_is_refused(name: str, value: object, rule: str) -> None:
     assert refusal(card("x", **{name: value})) == ("out_of_range", f"{AT}/{name}", f"`{name}` {rule}")
 
 
@@ -516,7 +518,7 @@ WRONG_TYPES = [
 
 
 @pytest.mark.parametrize(("wanted", "names", "values"), WRONG_TYPES, ids=[wanted for wanted, *_ in WRONG_TYPES])
-def test_value_of_the_wrong_type_is_refused(wanted, names, values):
+def test_value_of_the_wrong_type_is_refused(wanted: str, names: Collection[str], values: dict[str, str]) -> None:
     values = values | {"{}": "an object of 0", '{"a": 1, "b": 2}': "an object of 2"}
     if wanted != "a boolean":
         values |= {"true": "a boolean", "false": "a boolean"}
@@ -530,7 +532,7 @@ def test_value_of_the_wrong_type_is_refused(wanted, names, values):
 
 @pytest.mark.parametrize("name", [*INTEGERS, *NUMBERS])
 @pytest.mark.parametrize("text", ["1e400", "-1e400"])
-def test_number_that_overflows_is_refused(name, text):
+def test_number_that_overflows_is_refused(name: str, text: str) -> None:
     body = json.dumps(card("x", **{name: 0})).replace(": 0", f": {text}").encode()
     shown = "inf" if text[0] == "1" else "-inf"
     code, field, message = refusal(body)
@@ -549,7 +551,7 @@ def parsed_temperature(**parameters: Any) -> float:
     return sampling(card("x", **parameters))[0].temperature
 
 
-def test_greedy_is_temperature_zero_however_it_is_asked_for():
+def test_greedy_is_temperature_zero_however_it_is_asked_for() -> None:
     assert parsed_temperature(do_sample=False, temperature=0.7) == 0.0
     assert parsed_temperature(temperature=0) == 0.0
     assert parsed_temperature(temperature=0.00999) == 0.0
@@ -562,12 +564,12 @@ def test_greedy_is_temperature_zero_however_it_is_asked_for():
 PER_PROMPT = {name: rule for name, rule in PARSER.rules.items() if rule.get("x-per-prompt")}
 
 
-def test_parameters_that_may_differ_from_prompt_to_prompt():
+def test_parameters_that_may_differ_from_prompt_to_prompt() -> None:
     assert set(PER_PROMPT) == {*INTEGERS, *NUMBERS, *BOOLEANS} - set(ONE_FOR_ALL)
 
 
 @pytest.mark.parametrize("name", PER_PROMPT)
-def test_list_per_prompt_needs_one_good_value_for_each(name):
+def test_list_per_prompt_needs_one_good_value_for_each(name: str) -> None:
     good = PARSER.rules[name].get("minimum", 0.5 if name == "top_p" else False)
     assert len(parse(card(("a", "b"), **{name: [good, good]})).prompts) == 2
     for values in ([], [good], [good] * 3):
@@ -584,12 +586,12 @@ def test_list_per_prompt_needs_one_good_value_for_each(name):
     )
 
 
-def test_list_of_one_goes_with_a_prompt_that_stands_alone():
+def test_list_of_one_goes_with_a_prompt_that_stands_alone() -> None:
     assert sampling(card("x", temperature=[0.5]))[0].temperature == 0.5
 
 
 @pytest.mark.parametrize("name", ["num_return_sequences", "logprobs", "return_full_text", "stream", "details"])
-def test_parameter_of_the_whole_request_takes_no_list(name):
+def test_parameter_of_the_whole_request_takes_no_list(name: str) -> None:
     value = 1 if name in INTEGERS else True
     wanted = "a whole number" if name in INTEGERS else "a boolean"
     assert refusal(card(("a", "b"), **{name: [value, value]})) == (
@@ -602,12 +604,12 @@ def test_parameter_of_the_whole_request_takes_no_list(name):
 # Seeds ---------------------------------------------------------------------------------------------------------------
 
 
-def test_seed_that_is_given_is_every_prompts_seed():
+def test_seed_that_is_given_is_every_prompts_seed() -> None:
     assert [s.seed for s in sampling(card(("a", "b", "c"), seed=5))] == [5, 5, 5]
     assert [s.seed for s in sampling(card(("a", "b"), seed=[5, 6]))] == [5, 6]
 
 
-def test_seed_that_is_left_out_is_drawn_for_each_prompt():
+def test_seed_that_is_left_out_is_drawn_for_each_prompt() -> None:
     seeds = [s.seed for s in sampling(card(["x"] * 100))]
     assert all(0 <= seed < 2**32 for seed in seeds)
     assert len(set(seeds)) > 95
@@ -618,7 +620,7 @@ def test_seed_that_is_left_out_is_drawn_for_each_prompt():
 
 
 @pytest.mark.parametrize("name", ["stop", "stop_sequences"])
-def test_stop_may_be_a_string_or_a_list_and_has_two_names(name):
+def test_stop_may_be_a_string_or_a_list_and_has_two_names(name: str) -> None:
     for value, expected in (("x", ("x",)), ([], ()), (["x", "yz"], ("x", "yz")), (["é"] * 16, ("é",) * 16)):
         assert parse(card(("a", "b"), **{name: value})).stop == expected
     assert parse(card("a", **{name: "x" * 256})).stop == ("x" * 256,)
@@ -640,13 +642,13 @@ def test_stop_may_be_a_string_or_a_list_and_has_two_names(name):
         (["x", "y\udc00"], "invalid_text", "/1", "be Unicode text; character 1 is half of a surrogate pair"),
     ],
 )
-def test_bad_stop_is_refused(name, value, code, below, rule):
+def test_bad_stop_is_refused(name: str, value: object, code: str, below: str, rule: str) -> None:
     at = f"{AT}/{name}{below}"
     subject = f"`{at}`" if below or code == "invalid_text" else f"`{name}`"
     assert refusal(card("a", **{name: value})) == (code, at, f"{subject} must {rule}")
 
 
-def test_stop_under_both_names_is_refused():
+def test_stop_under_both_names_is_refused() -> None:
     assert refusal(card("a", stop="x", stop_sequences="x")) == (
         "invalid_request",
         f"{AT}/stop_sequences",
@@ -658,7 +660,7 @@ def test_stop_under_both_names_is_refused():
 # Rules between parameters --------------------------------------------------------------------------------------------
 
 
-def test_min_new_tokens_above_max_new_tokens_is_refused():
+def test_min_new_tokens_above_max_new_tokens_is_refused() -> None:
     at = (f"{AT}/min_new_tokens", "`min_new_tokens` must be at most `max_new_tokens` (9), got 10")
     assert refusal(card("a", max_new_tokens=9, min_new_tokens=10)) == ("out_of_range", *at)
     assert refusal(card(("a", "b"), max_new_tokens=[10, 9], min_new_tokens=10.0)) == ("out_of_range", *at)
@@ -670,7 +672,7 @@ def test_min_new_tokens_above_max_new_tokens_is_refused():
     assert sampling(card("a", max_new_tokens=10, min_new_tokens=10))[0].min_new_tokens == 10
 
 
-def test_logprobs_need_details():
+def test_logprobs_need_details() -> None:
     expected = ("invalid_request", f"{AT}/logprobs", "`logprobs` are part of the details; ask for `details` too")
     assert refusal(card("a", logprobs=0)) == expected
     assert refusal(card("a", logprobs=3, details=False)) == expected
@@ -700,20 +702,20 @@ HINTS = {
 
 
 @pytest.mark.parametrize("name", HINTS)
-def test_unknown_parameter_is_refused_with_the_nearest_known_one(name):
+def test_unknown_parameter_is_refused_with_the_nearest_known_one(name: str) -> None:
     hint = f"did you mean `{HINTS[name]}`?" if HINTS[name] else f"known are {KNOWN}"
     shown = f"`{name}`" if name.isidentifier() else f"a name of {len(name)} characters"
     assert refusal(card("a", **{name: 1})) == ("unknown_parameter", f"{AT}/{name}", f"{shown} is not known; {hint}")
 
 
-def test_long_or_strange_name_is_not_repeated():
+def test_long_or_strange_name_is_not_repeated() -> None:
     name = "my secret / prompt ~ " * 10
     code, field, message = refusal(card("a", **{name: 1}))
     assert (code, message) == ("unknown_parameter", f"a name of {len(name)} characters is not known; known are {KNOWN}")
     assert field == f"{AT}/{name[:64].replace('~', '~0').replace('/', '~1')}"
 
 
-def test_unknown_name_is_refused_even_with_null():
+def test_unknown_name_is_refused_even_with_null() -> None:
     assert refusal(card("a", temprature=None))[2] == "`temprature` is not known; did you mean `temperature`?"
 
 
@@ -724,7 +726,7 @@ def with_defaults(**defaults: Any) -> RequestParser:
     return RequestParser(read_settings({"MPT_DEFAULTS": json.dumps(defaults)}))
 
 
-def test_operators_limits_are_laid_over_the_schema():
+def test_operators_limits_are_laid_over_the_schema() -> None:
     parser = RequestParser(Settings(max_prompts=1, max_new_tokens=32, max_sequences=2, output_format="columns"))
     at = "/input_data/input_string"
     assert refusal(card(("a", "b")), parser) == (
@@ -746,7 +748,7 @@ def test_operators_limits_are_laid_over_the_schema():
     assert parse(card("a", output_format="list"), parser).output_format == "list"
 
 
-def test_operators_may_allow_more_than_the_schema_does():
+def test_operators_may_allow_more_than_the_schema_does() -> None:
     parser = RequestParser(Settings(max_prompts=300, max_new_tokens=65536, max_sequences=20))
     request = parse(card(["x"] * 300, max_new_tokens=65536, num_return_sequences=20), parser)
     assert (len(request.prompts), request.prompts[0].sampling.max_new_tokens, request.num_return_sequences) == (
@@ -756,7 +758,7 @@ def test_operators_may_allow_more_than_the_schema_does():
     )
 
 
-def test_defaults_hold_where_a_request_says_nothing():
+def test_defaults_hold_where_a_request_says_nothing() -> None:
     parser = with_defaults(temperature=0.7, max_new_tokens=200, stop="\n", details=True, logprobs=2, top_k=None)
     request = parse(card("a", seed=1), parser)
     assert request.prompts[0].sampling == SamplingParams(max_new_tokens=200, temperature=0.7, seed=1, logprobs=2)
@@ -765,18 +767,18 @@ def test_defaults_hold_where_a_request_says_nothing():
     assert (request.prompts[0].sampling.temperature, request.stop) == (0.5, ())
 
 
-def test_default_stop_may_have_its_other_name():
+def test_default_stop_may_have_its_other_name() -> None:
     parser = with_defaults(stop_sequences=["\n"])
     assert parse(card("a"), parser).stop == ("\n",)
     assert parse(card("a", stop="x"), parser).stop == parse(card("a", stop_sequences="x"), parser).stop == ("x",)
 
 
-def test_default_of_null_is_no_default():
+def test_default_of_null_is_no_default() -> None:
     parser = with_defaults(**dict.fromkeys(PARSER.rules))
     assert parse(card("a", seed=1), parser) == parse(card("a", seed=1))
 
 
-def test_defaults_are_written_into_the_schema():
+def test_defaults_are_written_into_the_schema() -> None:
     rules = request_schema(Settings(defaults='{"temperature": 0.7, "stop_sequences": ["x"], "top_k": null}'))
     rules = rules["$defs"]["parameters"]["properties"]
     found = {name: rules[name].get("default") for name in ("temperature", "stop", "stop_sequences", "top_k")}
@@ -799,13 +801,13 @@ BAD_DEFAULTS = [
 
 
 @pytest.mark.parametrize(("defaults", "message"), BAD_DEFAULTS)
-def test_bad_default_stops_the_start(defaults, message):
+def test_bad_default_stops_the_start(defaults: str, message: str) -> None:
     with pytest.raises(BadSetting) as caught:
         RequestParser(read_settings({"MPT_DEFAULTS": defaults}))
     assert str(caught.value) == f"MPT_DEFAULTS: {message}"
 
 
-def test_conflict_with_a_default_points_at_what_the_caller_gave():
+def test_conflict_with_a_default_points_at_what_the_caller_gave() -> None:
     parser = with_defaults(min_new_tokens=10, details=True, logprobs=1)
     assert refusal(card("a", max_new_tokens=5), parser) == (
         "out_of_range",

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
@@ -60,7 +61,7 @@ def check(message: str | None) -> None:
 
 @settings(PROPERTY, max_examples=150)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode) | values.map(lambda v: json.dumps(v).encode()))
-def test_whatever_is_sent_gives_a_request_or_a_refusal(body):
+def test_whatever_is_sent_gives_a_request_or_a_refusal(body: bytes) -> None:
     check(refused(body))
 
 
@@ -135,7 +136,7 @@ def without_parameters(body: dict[str, Any]) -> dict[str, Any]:
 
 @settings(PROPERTY, max_examples=150)
 @given(requests())
-def test_request_made_by_the_schemas_rules_is_accepted(body):
+def test_request_made_by_the_schemas_rules_is_accepted(body: dict[str, Any]) -> None:
     assert PUBLISHED.is_valid(body)
     assert isinstance(PARSER.parse(json.dumps(body).encode()), GenerateRequest)
 
@@ -146,7 +147,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(found for key, item in inside for found in places(item, (*path, key)))]
 
 
-def mutated(draw: st.DrawFn, body: dict[str, Any]) -> Any:
+def mutated(draw: Callable[..., Any], body: dict[str, Any]) -> Any:
     """Return `body` with one thing in it replaced, taken out, doubled, renamed or added."""
     body = json.loads(json.dumps(body))
     path = draw(st.sampled_from(places(body)))
@@ -170,7 +171,7 @@ def mutated(draw: st.DrawFn, body: dict[str, Any]) -> Any:
     return body
 
 
-def test_parser_accepts_what_the_published_schema_accepts_and_nothing_else():
+def test_parser_accepts_what_the_published_schema_accepts_and_nothing_else() -> None:
     seen: Counter[str] = Counter()
 
     @settings(PROPERTY, max_examples=500)
@@ -193,7 +194,7 @@ def test_parser_accepts_what_the_published_schema_accepts_and_nothing_else():
 
 @settings(PROPERTY, max_examples=60)
 @given(requests(), st.data())
-def test_body_that_was_cut_or_spoilt_is_refused_without_repeating_it(body, data):
+def test_body_that_was_cut_or_spoilt_is_refused_without_repeating_it(body: dict[str, Any], data: st.DataObject) -> None:
     text = json.dumps(body, ensure_ascii=False).encode()
     at = data.draw(st.integers(1, len(text) - 1))
     spoilt = text[:at] + data.draw(st.sampled_from([b"", b"\xff", b"\x00", b"\\", b'"', b"}"])) + text[at + 1 :]

@@ -1,6 +1,7 @@
 """Finished sequences to what the caller reads: three shapes, details, headers, server-sent events."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ class Words:
 
 
 def sequence(
-    n_prompt: int = 5, out: tuple[Token, ...] = (), finish_reason: str | None = "length", **params: object
+    n_prompt: int = 5, out: tuple[Token, ...] = (), finish_reason: str | None = "length", **params: Any
 ) -> Sequence:
     seq = Sequence([1] * n_prompt, SamplingParams(**params), (0,), None, None, lambda _: None, None)
     seq.out, seq.finish_reason = list(out), finish_reason
@@ -66,16 +67,16 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("output_format", "n_prompts", "n", "expected"), SHAPES)
-def test_shape_of_the_answer(output_format, n_prompts, n, expected):
+def test_shape_of_the_answer(output_format: str, n_prompts: int, n: int, expected: list[Any]) -> None:
     assert answer(request(n, output_format), results(n_prompts, n), Words()) == expected
 
 
-def test_more_than_ten_texts_keep_their_order():
+def test_more_than_ten_texts_keep_their_order() -> None:
     (record,) = answer(request(12), results(1, 12), Words())
     assert list(record) == [str(i) for i in range(12)]
 
 
-def test_details_go_beside_the_texts_under_the_same_keys():
+def test_details_go_beside_the_texts_under_the_same_keys() -> None:
     assert answer(request(2, "records", True), results(2, 2), Words()) == [
         {"0": "text 0.0", "1": "text 0.1", "details": {"0": described(0, 0), "1": described(0, 1)}},
         {"0": "text 1.0", "1": "text 1.1", "details": {"0": described(1, 0), "1": described(1, 1)}},
@@ -92,7 +93,7 @@ def test_details_go_beside_the_texts_under_the_same_keys():
 # Details -------------------------------------------------------------------------------------------------------------
 
 
-def test_logprobs_name_each_token_and_its_alternatives():
+def test_logprobs_name_each_token_and_its_alternatives() -> None:
     out = (Token(1, -0.5, ((1, -0.5), (2, -1.25))), Token(3, -2.0, ((4, -0.25), (3, -2.0))), Token(0, -0.125, ()))
     found = details(Result(0, 0, "", sequence(out=out, finish_reason="eos", seed=1, logprobs=2)), Words())
     assert found["finish_reason"] == "eos"
@@ -113,13 +114,13 @@ def test_logprobs_name_each_token_and_its_alternatives():
     ]
 
 
-def test_logprobs_without_alternatives_are_still_there():
+def test_logprobs_without_alternatives_are_still_there() -> None:
     found = details(Result(0, 0, "", sequence(out=(Token(1, -0.5),), logprobs=0)), Words())
     assert found["logprobs"] == [{"token": "once", "id": 1, "logprob": -0.5, "top": []}]
     assert "logprobs" not in details(Result(0, 0, "", sequence(out=(Token(1),))), Words())
 
 
-def test_moments_that_were_not_reached_are_left_out():
+def test_moments_that_were_not_reached_are_left_out() -> None:
     seq = sequence(finish_reason="deadline")
     seq.timings = Timings(submitted=100.0, finished=101.23456789)
     assert timings_ms(seq) == {"total": 1234.568}
@@ -128,7 +129,7 @@ def test_moments_that_were_not_reached_are_left_out():
 # Headers -------------------------------------------------------------------------------------------------------------
 
 
-def test_headers_list_every_sequence_in_the_order_of_the_answer():
+def test_headers_list_every_sequence_in_the_order_of_the_answer() -> None:
     assert headers(results(2, 2)) == {
         "x-mpt-finish-reason": "length*4",
         "x-mpt-prompt-tokens": "1*2 2*2",
@@ -143,13 +144,13 @@ def test_headers_list_every_sequence_in_the_order_of_the_answer():
     }
 
 
-def test_finish_reasons_that_alternate_are_no_runs():
+def test_finish_reasons_that_alternate_are_no_runs() -> None:
     reasons = ["stop", "stop", "eos", "stop", "length"]
     found = headers([Result(0, i, "", sequence(finish_reason=reason)) for i, reason in enumerate(reasons)])
     assert found["x-mpt-finish-reason"] == "stop*2 eos stop length"
 
 
-def test_long_header_is_cut_between_values_and_says_so():
+def test_long_header_is_cut_between_values_and_says_so() -> None:
     seeds = [2**52 + i for i in range(400)]
     seed_header = headers([Result(0, i, "", sequence(seed=seed)) for i, seed in enumerate(seeds)])["x-mpt-seed"]
     assert len(seed_header) <= MAX_HEADER_CHARS
@@ -158,7 +159,7 @@ def test_long_header_is_cut_between_values_and_says_so():
     assert len(whole) > 40
 
 
-def test_header_of_exactly_the_limit_is_whole():
+def test_header_of_exactly_the_limit_is_whole() -> None:
     for n, cut in ((MAX_HEADER_CHARS // 2, False), (MAX_HEADER_CHARS // 2 + 1, True)):
         last = 12 if not cut else 1  # n - 1 values of one digit, and one that fills up the last character
         found = headers([Result(0, i, "", sequence(seed=i % 2 if i < n - 1 else last)) for i in range(n)])
@@ -166,7 +167,7 @@ def test_header_of_exactly_the_limit_is_whole():
         assert len(found["x-mpt-seed"]) <= MAX_HEADER_CHARS
 
 
-def test_largest_headers_of_all_fit_what_nginx_takes():
+def test_largest_headers_of_all_fit_what_nginx_takes() -> None:
     """4 kB for the status line and all headers; the host's own take about 400 bytes."""
     worst = [
         Result(0, i, "", sequence(1 + i, (Token(1),) * (i % 7), ("stop", "length")[i % 2], seed=2**52 + i))
@@ -210,7 +211,7 @@ AWKWARD = [
 
 
 @pytest.mark.parametrize("text", AWKWARD)
-def test_event_carries_any_text_unchanged(text):
+def test_event_carries_any_text_unchanged(text: str) -> None:
     stream = event("text", {"text": text}) + KEEP_ALIVE + event("done", {"results": [text]})
     assert [(name, json.loads(data)) for name, data in read_events(stream)] == [
         ("text", {"text": text}),
@@ -218,6 +219,6 @@ def test_event_carries_any_text_unchanged(text):
     ]
 
 
-def test_event_is_short_utf8():
+def test_event_is_short_utf8() -> None:
     assert event("text", {"prompt": 0, "text": "é\n🦊"}) == 'event: text\ndata: {"prompt":0,"text":"é\\n🦊"}\n\n'
     assert read_events(KEEP_ALIVE) == []

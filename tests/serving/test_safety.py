@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def judge() -> Iterator[Judge]:
 
 
 @pytest.fixture
-def environ(judge, tmp_path) -> dict[str, str]:
+def environ(judge: Judge, tmp_path: Path) -> dict[str, str]:
     (tmp_path / "key").write_text(f"{KEY}\n", encoding="utf-8")
     return {
         "AZUREML_MODEL_DIR": str(MODEL_DIR),
@@ -84,7 +85,7 @@ def environ(judge, tmp_path) -> dict[str, str]:
 
 
 @pytest.fixture
-def guarded(environ) -> Iterator[Service]:
+def guarded(environ: dict[str, str]) -> Iterator[Service]:
     service = Service(read_settings(environ))
     yield service
     service.engine.close()
@@ -100,14 +101,14 @@ HARMLESS = {"blocked": False, "severities": {"Violence": 0, "Hate": 0}}
 SEVERE = {"blocked": True, "severities": {"Violence": 6, "Hate": 0}}
 
 
-def test_a_harmless_answer_carries_both_verdicts(guarded, judge):
+def test_a_harmless_answer_carries_both_verdicts(guarded: Service, judge: Judge) -> None:
     status, found = ask(guarded)
     assert status == 200
     assert found[0]["details"]["0"]["content_safety"] == {"prompt": HARMLESS, "answer": HARMLESS}
     assert judge.asked == [STORY, found[0]["0"].removeprefix(STORY)]
 
 
-def test_a_severe_prompt_is_refused_before_the_model_sees_it(guarded, judge):
+def test_a_severe_prompt_is_refused_before_the_model_sees_it(guarded: Service, judge: Judge) -> None:
     judge.bad = {"upon"}
     status, found = ask(guarded)
     assert (status, found["error"]["code"], found["error"]["field"]) == (
@@ -119,7 +120,7 @@ def test_a_severe_prompt_is_refused_before_the_model_sees_it(guarded, judge):
     assert guarded.engine.stats().generated_tokens == 0
 
 
-def test_a_severe_answer_is_withheld_and_says_so(guarded, judge):
+def test_a_severe_answer_is_withheld_and_says_so(guarded: Service, judge: Judge) -> None:
     word = ask(guarded)[1][0]["0"].removeprefix(STORY).split()[-1]
     judge.bad = {word}
     status, found = ask(guarded)
@@ -129,19 +130,19 @@ def test_a_severe_answer_is_withheld_and_says_so(guarded, judge):
     assert details["content_safety"] == {"prompt": HARMLESS, "answer": SEVERE}
 
 
-def test_log_probabilities_of_a_withheld_answer_are_withheld_too(guarded, judge):
+def test_log_probabilities_of_a_withheld_answer_are_withheld_too(guarded: Service, judge: Judge) -> None:
     judge.bad = {ask(guarded)[1][0]["0"].removeprefix(STORY).split()[-1]}
     assert "logprobs" not in ask(guarded, logprobs=2)[1][0]["details"]["0"]
 
 
-def test_long_texts_are_judged_in_parts(guarded, judge):
+def test_long_texts_are_judged_in_parts(guarded: Service, judge: Judge) -> None:
     judge.bad = {"ZZZ"}
     long = "x " * 7000 + "ZZZ"
     assert ask(guarded, long, truncate=10)[0] == 400
     assert [len(text) for text in judge.asked] == [10_000, 4003]
 
 
-def test_nothing_passes_when_the_judge_cannot_be_asked(guarded, judge):
+def test_nothing_passes_when_the_judge_cannot_be_asked(guarded: Service, judge: Judge) -> None:
     judge.status = 503
     status, found = ask(guarded)
     assert (status, found["error"]["code"]) == (503, "content_safety_unavailable")
@@ -149,7 +150,7 @@ def test_nothing_passes_when_the_judge_cannot_be_asked(guarded, judge):
 
 
 @pytest.mark.slow
-def test_a_stream_shows_only_what_was_judged(environ, judge):
+def test_a_stream_shows_only_what_was_judged(environ: dict[str, str], judge: Judge) -> None:
     with OpenAIServer(environ) as openai_server:
         body = request(STORY, max_new_tokens=110, seed=3, stream=True, ignore_eos=True, return_full_text=False)
         with Stream(openai_server.port, body) as stream:
@@ -181,6 +182,6 @@ def test_a_stream_shows_only_what_was_judged(environ, judge):
         assert (refused.status, refused.json["error"]["code"]) == (400, "content_filter")
 
 
-def test_a_key_that_is_not_there_stops_the_start(environ, tmp_path):
+def test_a_key_that_is_not_there_stops_the_start(environ: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(BadSetting, match="MPT_CONTENT_SAFETY_KEY_FILE cannot be read"):
         Service(read_settings(environ | {"MPT_CONTENT_SAFETY_KEY_FILE": str(tmp_path / "none")}))

@@ -51,12 +51,12 @@ def refusal(**environ: str) -> str:
     return str(caught.value)
 
 
-def test_nothing_set_gives_the_defaults():
+def test_nothing_set_gives_the_defaults() -> None:
     assert read_settings({}) == Settings()
     assert read_settings({"PATH": "/bin", "AZUREML_OTHER": "x", "mpt_device": "cuda"}) == Settings()
 
 
-def test_defaults():
+def test_defaults() -> None:
     assert dataclasses.asdict(Settings()) == {
         "model_dir": "",
         "engine": "mpt",
@@ -94,7 +94,7 @@ def test_defaults():
     }
 
 
-def test_every_variable_reaches_its_field():
+def test_every_variable_reaches_its_field() -> None:
     by_env = {f.metadata["env"]: f.name for f in FIELDS}
     assert set(by_env) == set(GOOD)
     found = dataclasses.asdict(read_settings({env: text for env, (text, _) in GOOD.items()}))
@@ -106,23 +106,23 @@ def test_every_variable_reaches_its_field():
 
 
 @pytest.mark.parametrize("env", GOOD)
-def test_empty_variable_is_a_variable_that_is_not_set(env):
+def test_empty_variable_is_a_variable_that_is_not_set(env: str) -> None:
     assert read_settings({env: ""}) == Settings()
 
 
-def test_settings_come_from_the_process_when_nothing_is_given(monkeypatch):
+def test_settings_come_from_the_process_when_nothing_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     for env in GOOD:
         monkeypatch.delenv(env, raising=False)
     monkeypatch.setenv("MPT_MAX_ROWS", "7")
     assert read_settings() == Settings(max_rows=7)
 
 
-def test_home_is_written_out_in_the_model_folder(monkeypatch):
+def test_home_is_written_out_in_the_model_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ada")
     assert read_settings({"AZUREML_MODEL_DIR": "~/mpt"}).model_dir == str(Path("/home/ada/mpt"))
 
 
-def test_unknown_setting_is_refused():
+def test_unknown_setting_is_refused() -> None:
     known = ", ".join(sorted(GOOD))
     assert refusal(MPT_MAX_ROW="7") == f"MPT_MAX_ROW is not a setting; the settings are {known}"
     assert refusal(MPT_="") == f"MPT_ is not a setting; the settings are {known}"
@@ -163,26 +163,26 @@ OUT_OF_RANGE = [
 
 
 @pytest.mark.parametrize(("env", "text", "rule"), OUT_OF_RANGE)
-def test_number_out_of_range_is_refused(env, text, rule):
+def test_number_out_of_range_is_refused(env: str, text: str, rule: str) -> None:
     assert refusal(**{env: text}) == f"{env} must be {rule}, got {text}"
 
 
 NUMBERS = sorted({env for env, _, _ in OUT_OF_RANGE})
 
 
-def test_table_above_names_every_number():
+def test_table_above_names_every_number() -> None:
     assert {f.metadata["env"] for f in FIELDS if f.type is not str} == set(NUMBERS)
 
 
 @pytest.mark.parametrize("env", NUMBERS)
-def test_text_where_a_number_belongs_is_refused(env):
+def test_text_where_a_number_belongs_is_refused(env: str) -> None:
     kind = "float" if env in ("MPT_KV_CACHE_GB", "MPT_BATCH_ERROR_SHARE") else "int"
     for text in ("many", "1e", "0x10", "1,000", "true"):
         assert refusal(**{env: text}) == f"{env} must be a number ({kind}), got {text!r}"
 
 
 @pytest.mark.parametrize("text", ["1.0", "1e3", "9" * 5000])
-def test_whole_number_is_written_as_one(text):
+def test_whole_number_is_written_as_one(text: str) -> None:
     assert refusal(MPT_MAX_ROWS=text) == f"MPT_MAX_ROWS must be a number (int), got {text!r}"
 
 
@@ -198,7 +198,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("env", CHOICES)
-def test_choice_takes_its_words_and_no_others(env):
+def test_choice_takes_its_words_and_no_others(env: str) -> None:
     for word in CHOICES[env]:
         read_settings({env: word})
     for word in ("other", CHOICES[env][0].swapcase(), f" {CHOICES[env][0]}"):
@@ -217,11 +217,11 @@ def test_choice_takes_its_words_and_no_others(env):
     ],
     ids=["half", "no JSON", "NaN", "list", "null", "deep"],
 )
-def test_defaults_that_are_no_json_object_are_refused(text, message):
+def test_defaults_that_are_no_json_object_are_refused(text: str, message: str) -> None:
     assert refusal(MPT_DEFAULTS=text) == message
 
 
-def test_defaults_are_read_as_json():
+def test_defaults_are_read_as_json() -> None:
     assert read_settings({"MPT_DEFAULTS": '{"stop": ["é"]}'}).default_parameters == {"stop": ["é"]}
     assert Settings().default_parameters == {}
 
@@ -229,7 +229,7 @@ def test_defaults_are_read_as_json():
 BY_AZURE = {"model_dir": "AZUREML_MODEL_DIR", "batch_output_dir": "AZUREML_BI_OUTPUT_PATH"}
 
 
-def test_every_setting_says_what_it_is_for():
+def test_every_setting_says_what_it_is_for() -> None:
     for f in FIELDS:
         assert f.metadata["use"]
         assert f.metadata["env"] == BY_AZURE.get(f.name, f"MPT_{f.name.upper()}")

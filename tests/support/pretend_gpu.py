@@ -33,7 +33,7 @@ class GpuTensor(Tensor):
     on_cpu: Tensor
 
     @staticmethod
-    def __new__(cls, on_cpu: Tensor) -> "GpuTensor":
+    def __new__(cls: type["GpuTensor"], on_cpu: Tensor) -> "GpuTensor":
         made: GpuTensor = Tensor._make_wrapper_subclass(
             cls,
             on_cpu.shape,

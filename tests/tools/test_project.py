@@ -65,20 +65,20 @@ BATCH_DRIVER = {"azureml-core", "azureml-dataset-runtime", "pyarrow"}
 """What Azure's batch driver needs beside us; it limits pyarrow, which parquet needs, to a range of its own."""
 
 
-def test_conda_pins_every_dependency_within_its_bounds(project):
+def test_conda_pins_every_dependency_within_its_bounds(project: dict[str, Any]) -> None:
     bounds = {r.name: r.specifier for r in map(Requirement, project["project"]["dependencies"])}
     assert pins().keys() == bounds.keys() | BATCH_DRIVER
     bounds |= {r.name: r.specifier for r in map(Requirement, project["project"]["optional-dependencies"]["batch"])}
     assert [f"{name}=={v}" for name, v in pins().items() if name in bounds and v not in bounds[name]] == []
 
 
-def test_dependencies_have_a_lower_and_an_upper_bound(project):
+def test_dependencies_have_a_lower_and_an_upper_bound(project: dict[str, Any]) -> None:
     for line in project["project"]["dependencies"]:
         assert {s.operator for s in Requirement(line).specifier} == {">=", "<"}, line
 
 
 @pytest.mark.slow
-def test_conda_resolves_with_what_the_batch_driver_needs(tmp_path):
+def test_conda_resolves_with_what_the_batch_driver_needs(tmp_path: Path) -> None:
     """By pip, nothing installed; takes a minute and the package registry. The driver limits numpy and pyarrow."""
     wanted = tmp_path / "requirements.txt"
     wanted.write_text("".join(f"{requirement}\n" for requirement in conda_environment()[1]))
@@ -94,25 +94,25 @@ def test_conda_resolves_with_what_the_batch_driver_needs(tmp_path):
     assert {"azureml-dataprep", "fusepy"} <= found.keys()
 
 
-def test_conda_python_is_one_that_the_package_takes(project):
+def test_conda_python_is_one_that_the_package_takes(project: dict[str, Any]) -> None:
     conda, _ = conda_environment()
     (python,) = [entry.partition("=")[2] for entry in conda if entry.startswith("python=")]
     assert Requirement(f"python{project['project']['requires-python']}").specifier.contains(python)
 
 
-def test_conda_does_not_install_this_package():
+def test_conda_does_not_install_this_package() -> None:
     """A stale copy would win over the uploaded folder, which is the package."""
     conda, pip = conda_environment()
     assert conda == ["python=3.11", "gcc=14.3", "pip"]
     assert [r for r in pip if r.name == "mptserve" or r.url] == []
 
 
-def test_version_is_said_once_in_each_place(project):
+def test_version_is_said_once_in_each_place(project: dict[str, Any]) -> None:
     assert project["project"]["version"] == mptserve.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", mptserve.__version__)
 
 
-def test_every_package_is_packaged(project):
+def test_every_package_is_packaged(project: dict[str, Any]) -> None:
     found = {".".join(path.parent.relative_to(SCORE).parts) for path in PACKAGE.rglob("*.py")}
     assert set(project["tool"]["setuptools"]["packages"]) == found
     data = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
@@ -126,7 +126,7 @@ def test_every_package_is_packaged(project):
     assert project["tool"]["setuptools"]["package-data"] == {name: others.get(name, ["*.json"]) for name in packages}
 
 
-def test_licence_is_apache_2(project):
+def test_licence_is_apache_2(project: dict[str, Any]) -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     assert lines[:2] == ["Apache License", "Version 2.0, January 2004"]
@@ -138,7 +138,7 @@ def test_licence_is_apache_2(project):
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
-def test_score_has_no_name_that_the_host_reads_or_imports():
+def test_score_has_no_name_that_the_host_reads_or_imports() -> None:
     """azmlinfsrv imports its own modules by bare names and reads these two files from the working directory."""
     spec = importlib.util.find_spec("azureml_inference_server_http")
     assert spec is not None
@@ -151,7 +151,7 @@ def test_score_has_no_name_that_the_host_reads_or_imports():
     assert {Path(name).stem for name in own} & (taken | set(sys.stdlib_module_names)) == set()
 
 
-def test_entry_scripts_hold_no_logic():
+def test_entry_scripts_hold_no_logic() -> None:
     for name in ("score.py", "batch_score.py", "openai_app.py"):
         text = (SCORE / name).read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 40, name
@@ -160,12 +160,12 @@ def test_entry_scripts_hold_no_logic():
         assert [ast.unparse(node.test) for node in found] in ([], ["__name__ == '__main__'"]), name
 
 
-def test_score_is_a_folder_and_no_package():
+def test_score_is_a_folder_and_no_package() -> None:
     """It is uploaded as it is and put on sys.path; with an __init__.py, pytest and mypy would call modules score.…"""
     assert not (SCORE / "__init__.py").exists()
 
 
-def test_every_sample_is_used_by_a_test_or_named_in_the_documentation():
+def test_every_sample_is_used_by_a_test_or_named_in_the_documentation() -> None:
     pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("samples/**/README.md")]
     readers = [*ROOT.glob("tests/**/*.py"), *pages, *PACKAGE.rglob("*.py")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in readers)
@@ -174,7 +174,7 @@ def test_every_sample_is_used_by_a_test_or_named_in_the_documentation():
     assert [path.relative_to(ROOT) for path in samples if path.name not in text and path.name != "README.md"] == []
 
 
-def test_every_fixture_file_is_used():
+def test_every_fixture_file_is_used() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/*.py"))
     fixtures = [path for path in (ROOT / "tests" / "fixtures").rglob("*") if path.is_file()]
     assert [path.relative_to(ROOT) for path in fixtures if path.stem not in text] == []
@@ -219,7 +219,7 @@ MAY_READ_JSON = {"config.py", "finding.py", "writing.py"}
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=lambda path: path.name)
-def test_engine_sees_tokens_and_tensors_and_nothing_of_the_world_outside(path):
+def test_engine_sees_tokens_and_tensors_and_nothing_of_the_world_outside(path: Path) -> None:
     found = {name.partition(".")[0] for name in imports(path)}
     allowed = {"json"} if path.name in MAY_READ_JSON else set()
     assert found & (EDGE | TEXT) - allowed == set()
@@ -249,7 +249,7 @@ def imported_modules(path: Path) -> set[str]:
     return {name for name in imports(path) if name in MODULES and name != "mptserve"}
 
 
-def test_nothing_imports_upwards():
+def test_nothing_imports_upwards() -> None:
     assert {name.split(".")[1] for name in MODULES if "." in name} == LEVEL.keys()
     for name in MODULES:
         if name == "mptserve":
@@ -261,21 +261,21 @@ def test_nothing_imports_upwards():
         assert {other for other in others if LEVEL[other] >= LEVEL[own]} == set(), name
 
 
-def test_the_devices_do_not_know_each_other_and_one_file_knows_both():
+def test_the_devices_do_not_know_each_other_and_one_file_knows_both() -> None:
     for path in ENGINE:
         found = {name.split(".")[2] for name in imports(path) if name.startswith("mptserve.engine.")} & {"cpu", "gpu"}
         own = path.relative_to(PACKAGE / "engine").parts[0]
         assert found <= ({"cpu", "gpu"} if own == "devices.py" else {own}), path
 
 
-def test_servers_batch_and_check_do_not_know_each_other():
+def test_servers_batch_and_check_do_not_know_each_other() -> None:
     rooms = {"azure_server", "openai_server", "batch", "check"}
     for room in rooms:
         for path in (PACKAGE / room).rglob("*.py"):
             assert {name.split(".")[1] for name in imported_modules(path)} & rooms <= {room}, path
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_modules_import_each_other_in_a_circle() -> None:
     left = {}
     for path in PACKAGE.rglob("*.py"):
         name = ".".join(path.relative_to(SCORE).with_suffix("").parts).removesuffix(".__init__")
@@ -286,7 +286,7 @@ def test_no_modules_import_each_other_in_a_circle():
         left = {name: needs for name, needs in left.items() if name not in free}
 
 
-def test_environment_is_read_in_settings_and_by_those_who_start_a_server():
+def test_environment_is_read_in_settings_and_by_those_who_start_a_server() -> None:
     readers = set()
     for path in SCORE.rglob("*.py"):
         tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
@@ -305,7 +305,7 @@ def _is_os(node: ast.expr) -> bool:
     return isinstance(node, ast.Name) and node.id == "os"
 
 
-def test_no_model_code_is_ever_trusted():
+def test_no_model_code_is_ever_trusted() -> None:
     for path in SCORE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "weights_only"):
@@ -347,7 +347,7 @@ print(json.dumps({
 """
 
 
-def test_importing_every_module_does_no_work(tmp_path):
+def test_importing_every_module_does_no_work(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", "-I", "-c", f"import sys; sys.path.insert(0, {str(SCORE)!r}); {WATCH}"]
     # What only a GPU needs may import Triton; nothing else may import what does.
     modules = [m for m in MODULES if not m.startswith("mptserve.engine.gpu.") or m.endswith(".capability")]

@@ -5,6 +5,7 @@ import json
 import lzma
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,7 +65,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return SimpleNamespace(documents=documents, tokens=tokens, model=model, first_loss=first_loss, last_loss=last_loss)
 
 
-def test_packed_tokens_decode_to_every_document_once(trained):
+def test_packed_tokens_decode_to_every_document_once(trained: SimpleNamespace) -> None:
     tokenizer = Tokenizer.from_file(str(trained.tokens / "tokenizer.json"))
     read_back = {}
     for name in ("train", "val"):
@@ -76,7 +77,7 @@ def test_packed_tokens_decode_to_every_document_once(trained):
     assert 10 <= len(read_back["val"]) <= 60  # one in ten of 300, by hash
 
 
-def test_special_tokens_have_the_ids_of_the_embedded_model(trained):
+def test_special_tokens_have_the_ids_of_the_embedded_model(trained: SimpleNamespace) -> None:
     names = ["<|endoftext|>", "<|padding|>", "<|im_start|>", "<|im_end|>"]
     small = Tokenizer.from_file(str(trained.tokens / "tokenizer.json"))
     embedded = Tokenizer.from_file(str(ROOT / "samples/mpt-8m/tokenizer.json"))
@@ -84,13 +85,13 @@ def test_special_tokens_have_the_ids_of_the_embedded_model(trained):
     assert [embedded.token_to_id(name) for name in names] == [0, 1, 8190, 8191]
 
 
-def test_tokenizer_gives_unseen_text_back(trained):
+def test_tokenizer_gives_unseen_text_back(trained: SimpleNamespace) -> None:
     tokenizer = Tokenizer.from_file(str(trained.model / "tokenizer.json"))
     text = " Zoë's café: 12 % off 🦊🏳️‍🌈 — 東京\r\n\tdef f(x):  return x\x00"  # in NFC, as the tokenizer makes it
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-def test_held_out_documents_stay_held_out_when_files_change(tmp_path):
+def test_held_out_documents_stay_held_out_when_files_change(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text(as_corpus(tell_stories(200, seed=1)), encoding="utf-8")
     before = prepare.split_documents(prepare.read_documents(tmp_path), 10)
     (tmp_path / "one.txt").rename(tmp_path / "renamed.txt")
@@ -100,18 +101,18 @@ def test_held_out_documents_stay_held_out_when_files_change(tmp_path):
     assert before == tuple([text for text in part if text not in added] for part in after)
 
 
-def test_document_that_occurs_twice_is_kept_once(tmp_path):
+def test_document_that_occurs_twice_is_kept_once(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text("Same.\n<|endoftext|>\nOther.\n<|endoftext|>\nSame.\n", encoding="utf-8")
     (tmp_path / "two.txt").write_text("Same.\n\n", encoding="utf-8")
     assert sorted(prepare.read_documents(tmp_path).values()) == ["Other.", "Same."]
 
 
-def test_training_lowers_the_validation_loss(trained):
+def test_training_lowers_the_validation_loss(trained: SimpleNamespace) -> None:
     assert trained.first_loss == pytest.approx(np.log(320), abs=0.3)  # fresh weights guess evenly
     assert trained.last_loss < 0.5 * trained.first_loss
 
 
-def test_logits_equal_transformers(trained):
+def test_logits_equal_transformers(trained: SimpleNamespace) -> None:
     reference = MptForCausalLM.from_pretrained(trained.model, dtype=torch.float32).eval()
     ours = train.MPT(SHAPE)
     weights = load_file(trained.model / "model.safetensors")
@@ -124,7 +125,7 @@ def test_logits_equal_transformers(trained):
         torch.testing.assert_close(ours(token_ids), expected, atol=1e-4, rtol=0)
 
 
-def test_default_options_make_the_embedded_models_config(tmp_path):
+def test_default_options_make_the_embedded_models_config(tmp_path: Path) -> None:
     options = train.parse_arguments(["--tokens", "tokens", "--out", str(tmp_path)])
     shape = train.Shape(8192, options.d_model, options.n_layers, options.n_heads)
     config_file = ROOT / "samples/mpt-8m/config.json"
@@ -134,7 +135,7 @@ def test_default_options_make_the_embedded_models_config(tmp_path):
     assert names == {name: tensor.shape for name, tensor in embedded.items()}
 
 
-def test_learning_rate_warms_up_stays_and_falls_to_zero():
+def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
     points = [(0, 0.0), (99, 0.1), (199, 0.2), (5000, 0.6), (7000, 0.8), (8000, 1.0)]
     factors = [train.learning_rate_factor(step, fraction_done) for step, fraction_done in points]
     assert factors == pytest.approx([1 / 200, 0.5, 1.0, 1.0, 0.5, 0.0])
@@ -149,20 +150,26 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero():
         (train.main, ["--max-steps", "0"], "`--max-steps` must be above 0, got 0"),
     ],
 )
-def test_bad_option_is_named_with_its_rule(main, options, message, tmp_path, capsys):
+def test_bad_option_is_named_with_its_rule(
+    main: Callable[[list[str]], object],
+    options: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     source = "--corpus" if main is prepare.main else "--tokens"
     with pytest.raises(SystemExit):
         main([source, str(tmp_path), "--out", str(tmp_path), *options])
     assert capsys.readouterr().err.strip().endswith(f"error: {message}")
 
 
-def test_corpus_without_documents_is_named(tmp_path):
+def test_corpus_without_documents_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as error:
         prepare.main(["--corpus", str(tmp_path), "--out", str(tmp_path)])
     assert str(error.value) == f"no documents in {tmp_path}: it needs *.txt or *.txt.xz files"
 
 
-def test_too_few_documents_to_hold_one_out_is_an_error():
+def test_too_few_documents_to_hold_one_out_is_an_error() -> None:
     with pytest.raises(SystemExit) as error:
         prepare.split_documents({"1": "Only one."}, 200)
     assert str(error.value) == (
@@ -170,7 +177,7 @@ def test_too_few_documents_to_hold_one_out_is_an_error():
     )
 
 
-def test_too_few_tokens_for_a_window_is_an_error(tmp_path):
+def test_too_few_tokens_for_a_window_is_an_error(tmp_path: Path) -> None:
     np.save(tmp_path / "val.npy", np.zeros(512, dtype=np.uint16))
     with pytest.raises(SystemExit) as error:
         train.load_tokens(tmp_path / "val.npy", context=512, device="cpu")

@@ -15,6 +15,7 @@ import httpx2
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from local_azure.instances import Instance
 from local_azure.online import Deployment, Endpoint
@@ -183,11 +184,13 @@ class Frontend:
 class _Piped(StreamingResponse):
     """A response that is passed on piece by piece, and given up when its reader hangs up."""
 
-    def __init__(self, *args: object, release: contextlib.ExitStack, upstream: httpx2.Response, **options: object):
+    def __init__(
+        self, *args: object, release: contextlib.ExitStack, upstream: httpx2.Response, **options: object
+    ) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
         self._release, self._upstream = release, upstream
 
-    async def __call__(self, scope, receive, send) -> None:  # type: ignore[no-untyped-def]
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
