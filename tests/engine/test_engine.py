@@ -339,7 +339,7 @@ def test_logits_that_are_no_numbers_fail_the_sequence_and_leave_nothing_behind(t
 def test_a_failing_stop_check_fails_only_its_sequence(tiny: Tiny) -> None:
     engine = make_engine(tiny.model)
 
-    def broken(_: int) -> bool:
+    def broken(_: int) -> str | None:
         raise ValueError("planted")
 
     bad, good = engine.submit_all(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from engines import sequence
 from mptserve.engine import sampling
 from mptserve.engine.gpu.row_state import RowStates, RowUpdate, new_row_states, set_row_states
-from mptserve.engine.model import alibi_slopes
+from mptserve.engine.model import Norm, alibi_slopes
 from mptserve.engine.sampling import sample
 from mptserve.engine.sequence import BLOCK, SamplingParams, Sequence
 
@@ -307,7 +307,7 @@ def test_linear_equals_float64(dtype: torch.dtype, n_rows: int, normed: bool) ->
     x, residual = torch.randn(n_rows, k), torch.randn(n_rows, n_out)
     weight, bias, gamma, beta = torch.randn(n_out, k) / 14, torch.randn(n_out), torch.rand(k) + 0.5, torch.randn(k)
     x, weight, bias, gamma, beta, residual = (t.to(DEVICE, dtype) for t in (x, weight, bias, gamma, beta, residual))
-    norm = (gamma, beta, 1e-5) if normed else None
+    norm = Norm(gamma, beta, 1e-5) if normed else None
 
     def expected(gelu: bool, added: bool) -> torch.Tensor:
         y = x.double()

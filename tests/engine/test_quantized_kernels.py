@@ -14,6 +14,7 @@ from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.devices import choose_placement, load_model
 from mptserve.engine.gpu import quantized_kernels
 from mptserve.engine.gpu.linear import KernelLinear
+from mptserve.engine.loader import ModelLoader
 from mptserve.engine.model import MPT, Norm, PlainLinear
 from mptserve.engine.placement import Placement
 from mptserve.engine.quantization.codes import Quantized, dequantize, quantize
@@ -42,7 +43,7 @@ def test_linear_equals_float64(method: str, dtype: torch.dtype, n_rows: int, nor
     x, residual, bias, gamma, beta = (
         t.to(DEVICE, dtype) for t in (x, residual, bias, torch.rand(k) + 0.5, torch.randn(k))
     )
-    norm = (gamma, beta, 1e-5) if normed else None
+    norm = Norm(gamma, beta, 1e-5) if normed else None
     exact = x.double()
     if normed:
         exact = F.layer_norm(exact, (k,), gamma.double(), beta.double(), 1e-5)
@@ -100,15 +101,10 @@ def test_an_engine_on_codes_equals_the_engine_on_their_values(method: str, tmp_p
 
 
 def quantized_model(folder: Path, raw: dict[str, object], method: str) -> MPT:
-    """Load as on a GPU: weights.py chooses layers by the device, so the maker is asked for a GPU's."""
-    from mptserve.engine import loader as weights
-
+    """Load on the CPU with the layers that a GPU has: devices.py would choose layers by the device."""
     config = parse_config(raw)
-    maker = weights._quantized_maker
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "_quantized_maker", lambda _: maker(Placement(torch.device("cuda"), torch.float32)))
-        place = Placement(CPU, torch.float32, quant=method)
-        return load_model(WeightReader(folder, config), config, place, 10**9)
+    reader, place = WeightReader(folder, config), Placement(CPU, torch.float32, quant=method)
+    return ModelLoader(config, place, reader.read, KernelLinear).load(10**9)
 
 
 def test_gpus_without_the_kernels_refuse_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:

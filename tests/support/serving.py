@@ -53,6 +53,9 @@ class LoggedServer(Server):
         self.output: list[str] = []
         super().__init__(free_port(), MODEL_DIR, environ, echo=self.output.append, **options)
 
+    def __enter__(self) -> "LoggedServer":
+        return self
+
     def __exit__(self, *_: object) -> None:
         self.stop(timeout_s=0)  # a second faster than in peace, which is for the tests of stopping
 

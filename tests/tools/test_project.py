@@ -183,7 +183,7 @@ def test_every_fixture_file_is_used() -> None:
 NOT_OURS = {"modeling_mpt.py"}
 
 
-def test_files_that_comments_and_pages_name_exist():
+def test_files_that_comments_and_pages_name_exist() -> None:
     """After a file is renamed, nothing may still point to its old name."""
     if not (ROOT / ".git").exists():
         pytest.skip("needs a git checkout")
