@@ -30,7 +30,7 @@ def _shortened(value: float) -> float | str:
 def set_up_logging(level: str, *others: str) -> None:
     """Give the package's loggers a handler: azmlinfsrv drops what other loggers than its own say below WARNING.
 
-    others: loggers of a server that says nothing of requests, to be written in the same way.
+    others: loggers of another server, which get the same handler.
     """
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(JsonFormatter())

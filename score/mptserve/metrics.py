@@ -1,4 +1,4 @@
-"""The numbers of a running server in Prometheus' format: requests as they happen, the engine's state when asked."""
+"""Metrics of a running server in Prometheus' format: requests are counted, the engine's state is read on a scrape."""
 
 from collections.abc import Callable, Iterator
 

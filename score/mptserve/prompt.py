@@ -1,8 +1,8 @@
-"""Conversations to prompts: the chat template of each family member, and what must end its answer.
+"""Conversations to prompts: the chat template of each model of the family, and what ends its answers.
 
-Templates are data: `templates.json`, or the checkpoint's own, which is rendered in Jinja's sandbox. What people write
-can never become a control token: each character that one begins with is marked before rendering, so that after it
-only the template's own control tokens are left to be found, and the marks are taken out again.
+Templates are data: `templates.json`, or the checkpoint's own, which is rendered in Jinja's sandbox. A message can
+never contain a control token: before rendering, a mark follows each character that could begin one; after rendering,
+only the template's own control tokens are found, and the marks are removed.
 """
 
 import functools
@@ -57,7 +57,7 @@ class PromptWriter:
 
         folders: where the checkpoint's `chat_template.jinja` or `.json`, `tokenizer_config.json` and
         `generation_config.json` may be.  choice: `auto`, or a name.  Raises BadSetting for a choice that is not there
-        and UnsupportedModel for an own template that is none.
+        and UnsupportedModel for an own template that is not valid.
         """
         self._tokenizer = tokenizer
         self._environment = ImmutableSandboxedEnvironment(
@@ -90,10 +90,10 @@ class PromptWriter:
         return self._tokenizer.encode_parts(self._parts(chat))
 
     def _parts(self, chat: ChatPrompt) -> list[tuple[str, bool]]:
-        """Return the prompt as (text, whether control tokens in it count): everything between marks is the caller's.
+        """Return the prompt as (text, whether control tokens in it count).
 
-        A mark, of digits that nobody can guess, follows each character that could begin a control token, which leaves
-        nothing in the caller's text to be found as one; it is then part of nothing but itself and is dropped.
+        A mark of random digits follows each character of a message that could begin a control token, so that none is
+        found there. The marks are removed after rendering.
         """
         mark = f"{secrets.randbits(96):030}"
         messages = [{"role": m.role, "content": self._marked(m.content, mark)} for m in chat.messages]

@@ -24,7 +24,7 @@ from mptserve.prompt import ChatPrompt, Message
 from mptserve.settings import CHAT_TEMPLATES, Settings
 
 CHAT_REPETITIONS = 4
-"""The repetition guard of conversations where nobody says another: a base model would go round in circles for ever."""
+"""The default `repetition_guard` of conversations: a base model may repeat itself without end."""
 GREEDY_BELOW = 0.01
 """Temperatures below this are greedy: dividing logits by less overflows."""
 
@@ -72,7 +72,7 @@ class Located:
 
 
 def _items(validator: Any, rule: Any, value: Any, schema: Any) -> Iterator[ValidationError]:
-    """Check `items` only where `maxItems` holds: a body has room for millions of them, at 10 µs each."""
+    """Check `items` only where `maxItems` holds: a body can hold millions of items, at 10 µs each."""
     if not isinstance(value, list) or len(value) <= schema.get("maxItems", len(value)):
         yield from Draft202012Validator.VALIDATORS["items"](validator, rule, value, schema)
 
@@ -144,7 +144,7 @@ class RequestParser:
         )
 
     def _checked(self, parameters: Located, n_prompts: int | None) -> dict[str, Any]:
-        """Return the given parameters, each checked; nulls are left out, `stop` is a list and the only name of itself.
+        """Return the given parameters, each checked; nulls are left out, `stop_sequences` becomes `stop`, a list.
 
         n_prompts None: no lists per prompt.
         """
@@ -299,7 +299,7 @@ def _chat(found: Located) -> Located:
 
 
 def _well_formed(text: Located) -> None:
-    """Refuse text that JSON can spell and UTF-8 cannot: halves of surrogate pairs."""
+    """Refuse text that JSON can represent and UTF-8 cannot: halves of surrogate pairs."""
     try:
         text.value.encode("utf-8")
     except UnicodeEncodeError as exc:

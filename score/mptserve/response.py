@@ -1,4 +1,4 @@
-"""Finished sequences to what the caller reads: JSON in one of three shapes, headers, server-sent events."""
+"""Finished sequences to responses: JSON in one of three shapes, headers, server-sent events."""
 
 import json
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from mptserve.safety import Verdict
 from mptserve.tokenizer import Tokenizer
 
 MAX_HEADER_CHARS = 800
-"""Of each of the four below: nginx gives up on response headers of more than 4 kB in all."""
+"""Most characters of each of the four headers: nginx refuses response headers of more than 4 kB in all."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def timings_ms(seq: Sequence) -> dict[str, float]:
 
 
 def headers(results: list[Result]) -> dict[str, str]:
-    """Return the finish reasons and token counts of all sequences, so that the plain shape loses nothing.
+    """Return the finish reasons and token counts of all sequences, which the plain shape of the body does not have.
 
     Values are separated by spaces in the order of the answer, runs of equal ones written as `value*count`; a header
-    that would still be too long for a proxy is cut and ends in `+more`.
+    that is still too long for a proxy is cut and ends in `+more`.
     """
     columns = {
         "x-mpt-finish-reason": [r.finish_reason for r in results],
@@ -128,4 +128,4 @@ def event(name: str, value: Any) -> str:
 
 
 KEEP_ALIVE = ": keep-alive\n\n"
-"""A comment that readers skip: it tells proxies that we live, and us when the reader is gone."""
+"""A comment that readers skip: it keeps proxies from closing the connection, and shows when the reader is gone."""

@@ -1,7 +1,7 @@
-"""Content safety: a judge of prompts and answers that an operator can put before and behind the model.
+"""Content safety: a classifier of prompts and answers that an operator can enable.
 
-Every verdict is reported: an answer that was blocked says so, and one that was judged carries the severities. When the
-judge cannot be asked, nothing passes: an unjudged answer would look like a harmless one.
+Every verdict is reported: a blocked answer says so, and a judged one carries the severities. When the classifier cannot
+be reached, nothing passes: an unjudged answer would look like a harmless one.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from mptserve.errors import BadSetting, Unavailable
 from mptserve.settings import Settings
 
 MAX_CHARS = 10_000
-"""Of one call to Azure AI Content Safety."""
+"""Most characters of one call to Azure AI Content Safety."""
 TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge says of a text: the severity of each category, and whether that is too much."""
+    """The severity of each category in a text, and whether the text is blocked."""
 
     blocked: bool
     severities: dict[str, int]
@@ -28,7 +28,7 @@ class Verdict:
 
 
 class ContentSafety(Protocol):
-    """A judge. Called from several threads; raises Unavailable when it cannot say."""
+    """A classifier. Called from several threads; raises Unavailable when it cannot be reached."""
 
     def judge(self, text: str) -> Verdict: ...
 
@@ -90,7 +90,7 @@ def _credential(key_file: str) -> Any:
 
 
 def content_safety(settings: Settings) -> ContentSafety | None:
-    """Return the judge that the operator set, or None."""
+    """Return the classifier that the operator configured, or None."""
     if not settings.content_safety_endpoint:
         return None
     return AzureContentSafety(

@@ -188,7 +188,7 @@ class BaseService:
     def _stop_check(
         self, stop: tuple[str, ...], stop_ids: tuple[int, ...], repetitions: int
     ) -> Callable[[int], str | None] | None:
-        """Return what tells the engine, token by token, that a sequence is at its end, and why."""
+        """Return a function that tells the engine, token by token, whether a sequence ends, and why."""
         if not stop and not stop_ids and not repetitions:
             return None
         text = TextStream(self.tokenizer, stop) if stop else None
@@ -201,7 +201,7 @@ class BaseService:
                 text.push(token_id)
                 if text.stopped:
                     return "stop"
-            return "repetition" if guard is not None and guard.circling(token_id) else None
+            return "repetition" if guard is not None and guard.repeats(token_id) else None
 
         return stopped
 

@@ -72,13 +72,13 @@ def test_sigterm_lets_a_stream_end_and_turns_new_requests_away() -> None:
 
 BREAKABLE = """
 from flask import Response
-from mptserve.azure_server import app as azml_host
+from mptserve.azure_server import app
 
 def init():
     score.init()
     from azureml_inference_server_http.server.routes import main_blueprint
     main_blueprint.add_url_rule("/break", "break", break_engine, methods=["POST"])
-    azml_host.SILENCE_S = 1.0
+    app.SILENCE_S = 1.0
 
 def break_engine():
     def next_step():

@@ -16,8 +16,8 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from mptserve.errors import BadSetting
-from mptserve.openai_server import middleware as http_edge
-from mptserve.openai_server import uvicorn_server as uvicorn_host
+from mptserve.openai_server import middleware
+from mptserve.openai_server import uvicorn_server
 from mptserve.openai_server.keys import ApiKeys, Unauthorized
 from openai_process import OpenAIServer
 from serving import PATIENCE_S, Stream, eventually, get, metrics, post, request
@@ -214,10 +214,10 @@ class Impatient:
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
             await send({"type": "http.response.body", "body": b"ok"})
 
-        monkeypatch.setattr(http_edge, "SILENCE_S", 1.0)
-        edge = http_edge.Edge(app, limit=1000, keys=None, refused=lambda *_: None)
-        self.server = uvicorn_host.server(edge, graceful_s=1, silence_s=1.0)
-        self.sock = uvicorn_host.listen("127.0.0.1", 0, 1.0)
+        monkeypatch.setattr(middleware, "SILENCE_S", 1.0)
+        edge = middleware.RequestMiddleware(app, limit=1000, keys=None, refused=lambda *_: None)
+        self.server = uvicorn_server.server(edge, graceful_s=1, silence_s=1.0)
+        self.sock = uvicorn_server.listen("127.0.0.1", 0, 1.0)
         self.port = self.sock.getsockname()[1]
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve(sockets=[self.sock])))
 

@@ -14,7 +14,7 @@ from mptserve.service import Service
 def stops_at(times: int, ids: list[int]) -> int | None:
     """Return after how many tokens the guard speaks, or None."""
     guard = RepetitionGuard(times)
-    return next((n for n, id in enumerate(ids, 1) if guard.circling(id)), None)
+    return next((n for n, id in enumerate(ids, 1) if guard.repeats(id)), None)
 
 
 def test_the_same_said_four_times_is_a_circle_at_its_last_token() -> None:

@@ -1,7 +1,7 @@
-"""What azmlinfsrv, Azure's inference server, needs to know of us and does not ask: routes, responses, signals.
+"""Connects the service to azmlinfsrv, Azure's inference server: its routes, responses and signals.
 
-Uses its private `routes` and `config` modules, guarded: if a later version has no such thing, `/score` works all the
-same and a warning says what is missing.
+Uses azmlinfsrv's private `routes` and `config` modules. Where a later version has none, `/score` works all the same and
+a warning says what is missing.
 """
 
 import json
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 METHODS = "POST, OPTIONS"
 BROKEN_BODY = (OSError, ClientDisconnected, ParseException)
 DISCARD_BYTES = 100_000_000
-"""So much of a body that is too large is read and forgotten; the nginx of Azure's images lets no more through."""
+"""Bytes of a too large body that are read and dropped; the nginx of Azure's images passes no more."""
 SILENCE_S = 60.0
-"""A client that sends nothing of its body, or takes nothing of its stream, for so long gives its thread back."""
+"""Seconds after which a client that sends nothing of its body, or takes nothing of its stream, is disconnected."""
 
 
 class StreamedResponse(Response):
-    """A server-sent event stream that survives the host's Application Insights client.
+    """A stream of server-sent events that works with azmlinfsrv's Application Insights client.
 
-    That client calls `get_data()` on every response, which would collect the whole stream before the first byte goes
-    out. It also would log the text.
+    That client calls `get_data()` on every response, which would collect the whole stream before the first byte is
+    sent, and would log the text.
     """
 
     def get_data(self, as_text: bool = False) -> Any:
@@ -49,7 +49,7 @@ class StreamedResponse(Response):
 def score(service: Service, req: Request, request_id: str) -> Response:
     """Answer one HTTP request to /score."""
     started = time.monotonic()
-    if req.method == "OPTIONS":  # a browser asks before it posts; the host adds the CORS headers where they are on
+    if req.method == "OPTIONS":  # a browser's preflight; azmlinfsrv adds the CORS headers where they are on
         return Response(status=200, headers={"Allow": METHODS})
     try:
         if req.method != "POST":
@@ -62,7 +62,7 @@ def score(service: Service, req: Request, request_id: str) -> Response:
         return response
     answer = service.generate(body, request_id, alive=lambda: not client_gone(req))
     if answer.events is not None and (sock := client_socket(req)) is not None:
-        sock.settimeout(SILENCE_S)  # gunicorn has none, and takes it off again before the next request
+        sock.settimeout(SILENCE_S)  # gunicorn sets none, and removes it before the next request
     return respond(answer)
 
 
@@ -74,7 +74,7 @@ class MethodNotAllowed(InvalidRequest):
 
 
 def read_body(req: Request, limit: int) -> bytes:
-    """Return the request's body. Raises TooLarge, once it is read, and InvalidRequest when it does not come whole."""
+    """Return the request's body. Raises TooLarge, once it is read, and InvalidRequest when it is incomplete."""
     length = req.content_length or 0
     with silence_limit(client_socket(req)):
         try:
@@ -90,7 +90,7 @@ def read_body(req: Request, limit: int) -> bytes:
 
 
 def discard(stream: IO[bytes]) -> None:
-    """Read on for a while: a client that cannot finish sending never sees the answer."""
+    """Read and drop more of the body: a client that cannot finish sending never sees the answer."""
     left = DISCARD_BYTES
     with suppress(*BROKEN_BODY):
         while left > 0 and (piece := stream.read(1 << 20)):
@@ -99,7 +99,7 @@ def discard(stream: IO[bytes]) -> None:
 
 @contextmanager
 def silence_limit(sock: socket.socket | None) -> Iterator[None]:
-    """Let reads from `sock` fail after SILENCE_S without a byte; gunicorn would wait for ever, in a thread we need."""
+    """Let reads from `sock` fail after SILENCE_S without a byte: gunicorn would wait without limit, in a thread."""
     if sock is not None:
         sock.settimeout(SILENCE_S)
     try:
@@ -113,7 +113,7 @@ def respond(answer: Answer) -> Response:
     """Return the Flask response of an answer."""
     if answer.events is None:
         return Response(answer.body, answer.status, answer.headers, mimetype="application/json")
-    # nginx, in front of us in Azure's images, holds a response back until it is whole unless told otherwise.
+    # nginx, in front of the server in Azure's images, buffers a whole response unless told otherwise.
     assert isinstance(answer.events, Iterator)
     headers = answer.headers | {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}
     response = StreamedResponse(answer.events, answer.status, headers, mimetype="text/event-stream")
@@ -122,20 +122,20 @@ def respond(answer: Answer) -> Response:
 
 
 def client_gone(req: Request) -> bool:
-    """Whether the client has closed its connection, as far as gunicorn lets us see its socket."""
+    """Whether the client has closed its connection, where gunicorn's socket can be seen."""
     sock = client_socket(req)
     if sock is None:
         return False
     try:
         return sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
     except BlockingIOError:
-        return False  # nothing to read: it waits for us
+        return False  # nothing to read: the client waits
     except OSError:
         return True
 
 
 def client_socket(req: Request) -> socket.socket | None:
-    """Return gunicorn's socket of this request; None under another server, or a test client."""
+    """Return gunicorn's socket of this request; None under another server or a test client."""
     sock: socket.socket | None = req.environ.get("gunicorn.socket")
     return sock
 
@@ -145,7 +145,7 @@ def add_routes(service: Service) -> None:
     documents = {v: openapi(service.parser.schema, v) for v in ("2", "3", "3.1")}
     aliases = {"2.0": "2", "3.0": "3"}
 
-    def swagger() -> Response | None:  # the host's own route would describe an empty object
+    def swagger() -> Response | None:  # azmlinfsrv's own route would describe an empty object
         if request.path == "/swagger.json" and request.method == "GET":
             version = request.args.get("version", "2")
             document = documents.get(aliases.get(version, version))
@@ -171,7 +171,7 @@ def add_routes(service: Service) -> None:
 
 
 def keep_answers_private() -> None:
-    """Keep answers out of Application Insights, where the host puts them whole unless told otherwise.
+    """Keep answers out of Application Insights, where azmlinfsrv logs them whole unless told otherwise.
 
     APP_INSIGHTS_LOG_RESPONSE_ENABLED still decides when an operator sets it.
     """
@@ -185,7 +185,7 @@ def keep_answers_private() -> None:
 
 
 def drain_on_sigterm(service: Service) -> None:
-    """Refuse new requests from the moment that the platform asks us to stop; gunicorn lets running ones finish."""
+    """Refuse new requests after SIGTERM; gunicorn lets running ones finish."""
     if threading.current_thread() is not threading.main_thread():
         log.warning("init() is not on the main thread: requests that arrive during shutdown are not refused")
         return
@@ -203,21 +203,21 @@ def drain_on_sigterm(service: Service) -> None:
 def stop_listening(worker: Any) -> None:
     """Close the listening sockets of a gunicorn gthread worker that was told to stop.
 
-    It would keep them open, unread, until its last answer is out: new callers would be let in, wait for all that
-    time and then be cut off. Refused at once, they can ask another instance.
+    Otherwise it keeps them open until its last answer is sent: new callers would connect, wait, and then be cut off.
+    When they are refused at once, they can ask another instance.
     """
 
     def close() -> None:
-        worker.set_accept_enabled(False)  # what the worker does next; the second time it does nothing
+        worker.set_accept_enabled(False)  # the worker does this next itself; a second call does nothing
         for listener in worker.sockets:
             listener.close()
 
     if all(hasattr(worker, name) for name in ("method_queue", "set_accept_enabled", "sockets")):
-        worker.method_queue.defer(close)  # its event loop must not lose a socket that it waits for
+        worker.method_queue.defer(close)  # its event loop must not lose a socket that it polls
 
 
 def refuse_to_be_forked() -> None:
-    """End every process that is forked from this one: the engine's thread would not be in it, and no request answered.
+    """End every process that is forked from this one: without the engine's thread it could answer no request.
 
     WORKER_PRELOAD=true makes gunicorn fork its workers after init(); status 3 makes it give up instead of going on.
     """

@@ -21,7 +21,7 @@ from mptserve.log import set_up_logging
 from mptserve.openai_server import uvicorn_server
 from mptserve.openai_server.answers import ERRORS
 from mptserve.openai_server.keys import ApiKeys
-from mptserve.openai_server.middleware import Edge, error_body
+from mptserve.openai_server.middleware import RequestMiddleware, error_body
 from mptserve.openai_server.routes import router
 from mptserve.openai_server.validation import as_error, invalid
 from mptserve.process import exit_soon
@@ -61,14 +61,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for kind in (ScoringError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, refuse)
     keys = ApiKeys(Path(settings.api_keys_file)) if settings.api_keys_file else None
-    app.add_middleware(Edge, limit=settings.max_body_bytes, keys=keys, refused=refused)
+    app.add_middleware(RequestMiddleware, limit=settings.max_body_bytes, keys=keys, refused=refused)
     app.include_router(router)
     return app
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Load the model beside the server; at the end, cancel what still runs."""
+    """Load the model in a thread while the server runs; at the end, cancel running sequences."""
 
     def load() -> None:
         try:
@@ -86,7 +86,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGTERM or Ctrl-C; then running requests are finished and nobody new is let in."""
+    """Serve until SIGTERM or Ctrl-C; then finish running requests and refuse new ones."""
     parser = argparse.ArgumentParser(description="OpenAI's API, /score and the playground.")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 in a container")
     parser.add_argument("--port", type=int, default=8451)

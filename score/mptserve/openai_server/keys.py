@@ -1,4 +1,4 @@
-"""API keys of the OpenAI server: a file of them, compared in constant time, read again when it changes."""
+"""API keys of the OpenAI server: read from a file, again whenever it changes, and compared in constant time."""
 
 import hashlib
 import hmac
@@ -11,17 +11,17 @@ log = logging.getLogger(__name__)
 
 
 class Unauthorized(ScoringError):
-    """No key, or none that is known."""
+    """No API key, or one that is not valid."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class ApiKeys:
-    """The keys of one file: one a line; blank lines and lines that begin with # are none.
+    """The keys of one file, one per line; blank lines and lines that begin with # are ignored.
 
-    To rotate, add the new key, move the callers over, take the old one out. A file that can no longer be read leaves
-    the keys as they were; one that was emptied lets nobody in.
+    To rotate a key, add the new one, move the callers, remove the old one. While the file cannot be read, the last keys
+    stay valid; an emptied file refuses every caller.
     """
 
     def __init__(self, path: Path) -> None:

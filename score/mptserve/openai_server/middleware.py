@@ -1,4 +1,4 @@
-"""The edge of the OpenAI server, before any route: request ids, keys, whole bodies of a bounded size."""
+"""Middleware of the OpenAI server, before any route: request ids, API keys, request bodies of a bounded size."""
 
 import asyncio
 import json
@@ -21,24 +21,24 @@ from mptserve.request import body_too_large
 log = logging.getLogger(__name__)
 
 OPEN = ("/", "/health/live", "/health/ready")
-"""What needs no key: the page, which asks its user for one, and the probes."""
+"""Routes that need no key: the playground, which asks its user for one, and the probes."""
 MAX_HEAD_BYTES = 32_768
-"""Of a request's headers; more is answered 431, and 400 by the server itself when it does not come in one piece."""
+"""Most bytes of a request's headers. More is answered 431; uvicorn itself answers 400 when they come in pieces."""
 DISCARD_BYTES = 100_000_000
-"""So much of a body that is too large is read and forgotten: a client that cannot finish sending never sees why."""
+"""Bytes of a too large body that are read and dropped: a client that cannot finish sending never sees the error."""
 SILENCE_S = 60.0
-"""A client that sends nothing, or takes nothing, for so long is given up."""
+"""Seconds after which a client that sends nothing, or takes nothing, is disconnected."""
 
 
 class HeadersTooLarge(ScoringError):
-    """More than any caller of ours needs."""
+    """The headers are larger than MAX_HEAD_BYTES."""
 
     status = 431
     code = "headers_too_large"
 
 
-class Edge:
-    """ASGI middleware. Past it a request has an id, a key that was checked, and its whole body in one message."""
+class RequestMiddleware:
+    """ASGI middleware. A request that passes it has an id, a valid key, and its whole body in one message."""
 
     def __init__(
         self,
@@ -48,7 +48,7 @@ class Edge:
         keys: ApiKeys | None,
         refused: Callable[[ScoringError, str, float], None],
     ) -> None:
-        """limit: bytes of a body.  refused: told of every request that ends here, to count and log it."""
+        """limit: bytes of a body.  refused: called for every request that is refused here, to count and log it."""
         self.app, self._limit, self._keys, self._refused = app, limit, keys, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -80,7 +80,7 @@ class Edge:
             self._refused(exc, request_id, scope["state"]["started"])
             await _send_error(scope, exc, request_id, send_with_id)
             return
-        if scope["method"] == "POST":  # `curl -d` calls its JSON a form
+        if scope["method"] == "POST":  # `curl -d` declares a form
             MutableHeaders(scope=scope)["content-type"] = "application/json"
         try:
             await self.app(scope, _replay(body, receive), send_with_id)
@@ -89,7 +89,7 @@ class Edge:
         except Exception:
             log.exception("request failed", extra={"numbers": {"request_id": request_id}})
             if begun:
-                raise  # the server cuts the connection, which is all that can still be said
+                raise  # uvicorn cuts the connection; no error can be sent any more
             ours = GenerationFailed("unexpected; the log has the reason")
             self._refused(ours, request_id, scope["state"]["started"])
             await _send_error(scope, ours, request_id, send_with_id)
@@ -123,7 +123,7 @@ class Edge:
 
 
 def _request_id(headers: Headers) -> str:
-    """Return the caller's own id where it is fit for a log, else a new one."""
+    """Return the caller's own id where it is safe to log, else a new one."""
     given = headers.get("x-request-id", "")
     fit = 0 < len(given) <= 100 and given.isascii() and given.isprintable()
     return given if fit else str(uuid.uuid4())
@@ -136,7 +136,7 @@ def _key(headers: Headers) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body that was read, and then what the connection says: that it is closed."""
+    """Return a `receive` that yields the body, and then the messages of the connection: that it was closed."""
     left = [body]
 
     async def replay() -> Message:
@@ -172,10 +172,10 @@ def disconnected(request: Request) -> Callable[[], Awaitable[None]]:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that are closed in every case, also when the reader was gone before the first."""
+    """Server-sent events whose generator is always closed, also when the client disconnected before the first."""
 
     def __init__(self, events: AsyncGenerator[str, None], close: Callable[[], None], first: str = "") -> None:
-        """close: cancels what the events tell of.  first: what to send before them."""
+        """close: cancels the sequences.  first: text to send before the events."""
         self._events, self._close = events, close
         # nginx, in front of us in some places, holds a response back until it is whole unless told otherwise
         headers = {"X-Accel-Buffering": "no", "Cache-Control": "no-cache"}

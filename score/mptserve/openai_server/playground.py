@@ -1,4 +1,4 @@
-"""The page to play on: one static file, and headers that let it load nothing from anywhere."""
+"""The playground: one static page, and headers that let it load nothing from another host."""
 
 import base64
 import functools
@@ -15,7 +15,7 @@ def page() -> bytes:
 
 @functools.cache
 def headers() -> dict[str, str]:
-    """Return headers under which only the page's own script and style run, and it talks to this server alone."""
+    """Return headers that allow only the page's own script and style, and connections to this server alone."""
 
     def hashes(tag: str) -> str:
         found = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), page(), flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""The requests of OpenAI's API as this server takes them: what is known is checked, what is not is refused.
+"""The requests of OpenAI's API as this server takes them: known fields are checked, unknown ones are refused.
 
 Unsupported fields that clients always send are accepted, but only at their no-op value.
 """
@@ -28,7 +28,7 @@ class StreamOptions(Model):
 class GenerationFields(Model):
     """What both kinds of request share. Fields from `top_k` on are ours: `extra_body` in OpenAI's client."""
 
-    model: str | None = Field(None, max_length=1000, description="Not looked at: a deployment has one model.")
+    model: str | None = Field(None, max_length=1000, description="Ignored: a deployment has one model.")
     max_tokens: Count | None = None
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)

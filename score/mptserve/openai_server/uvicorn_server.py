@@ -1,4 +1,4 @@
-"""uvicorn with patience that ends: slow and silent peers give their connection back, running requests are finished."""
+"""uvicorn with timeouts: slow and silent clients are disconnected; on shutdown running requests are finished."""
 
 import asyncio
 import socket
@@ -13,7 +13,7 @@ BACKLOG = 1024
 
 
 def listen(host: str, port: int, silence_s: float = SILENCE_S) -> socket.socket:
-    """Return a listening socket. Its connections are cut when a peer takes nothing of what was sent for `silence_s`."""
+    """Return a listening socket. Connections close when a client acknowledges no data for `silence_s` seconds."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -21,17 +21,17 @@ def listen(host: str, port: int, silence_s: float = SILENCE_S) -> socket.socket:
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux; inherited by every connection
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
     sock.bind((host, port))
-    sock.listen(BACKLOG)  # who comes before the server runs waits for it
+    sock.listen(BACKLOG)  # clients that connect before the server runs wait for it
     return sock
 
 
 def server(app: Any, *, graceful_s: float, silence_s: float = SILENCE_S) -> uvicorn.Server:
     """Return a server of `app`; run it with `run(sockets=[listen(…)])`.
 
-    graceful_s: how long running requests may take after SIGTERM, when nobody new is let in.
+    graceful_s: seconds that running requests may take after SIGTERM; new ones are refused then.
     """
 
-    class Protocol(PatientProtocol):
+    class Protocol(TimeoutProtocol):
         head_s = silence_s
 
     return uvicorn.Server(
@@ -50,8 +50,8 @@ def server(app: Any, *, graceful_s: float, silence_s: float = SILENCE_S) -> uvic
     )
 
 
-class PatientProtocol(H11Protocol):
-    """uvicorn's protocol, which by itself would wait for ever for a request that was only begun."""
+class TimeoutProtocol(H11Protocol):
+    """uvicorn's protocol with a timeout for incomplete headers, for which uvicorn waits without limit."""
 
     head_s = SILENCE_S
     _head_timer: asyncio.TimerHandle | None = None
@@ -69,7 +69,7 @@ class PatientProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def _wait_for_head(self) -> None:
-        """Give a head that is not whole a limit from its first byte on; the body and the answer have their own."""
+        """Start the timeout at the first byte of the headers; the body and the answer have their own."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop_waiting()
         elif self._head_timer is None and not self.transport.is_closing():

@@ -38,7 +38,7 @@ BOUNDS = {
 
 
 def invalid(exc: RequestValidationError, path: str) -> InvalidRequest:
-    """Return the first thing that is wrong; where forms were to choose from, of the form that came nearest."""
+    """Return the first error; where a field has several forms, the error of the form that matched furthest."""
     errors: list[dict[str, Any]] = [dict(e) for e in exc.errors()]
     first = errors[0]["loc"][:2]  # the field; the others are of its other forms, or come after it
     found = max((e for e in errors if e["loc"][:2] == first), key=lambda e: len(_steps(exc.body, e["loc"])))
