@@ -25,6 +25,14 @@ from mptserve.settings import CHAT_TEMPLATES, Settings
 
 CHAT_REPETITIONS = 4
 """The default `repetition_guard` of conversations: a base model may repeat itself without end."""
+PARAMETERS = ("parameters", "params")
+TASKS = ("text-generation", "chat-completion", "completion", "conversational")
+OPENAI = {"messages", "prompt", "model"}
+"""Fields of OpenAI's requests."""
+BOOLEANS = dict.fromkeys(("true", "t", "yes", "y", "on", "1"), True) | dict.fromkeys(
+    ("false", "f", "no", "n", "off", "0"), False
+)
+"""Strings that are taken as booleans, as Azure's own servers (pydantic) take them."""
 GREEDY_BELOW = 0.01
 """Temperatures below this are greedy: dividing logits by less overflows."""
 
@@ -56,6 +64,7 @@ class GenerateRequest:
     details: bool
     output_format: str
     repetition_guard: int = 0
+    stop_token_ids: tuple[int, ...] = ()
 
     @property
     def chat(self) -> bool:
@@ -106,16 +115,21 @@ class RequestParser:
         """
         if len(body) > self.max_body_bytes:
             raise body_too_large(len(body), self.max_body_bytes)
-        return self.read(*dialect(_json(body)))
+        return self.read(dialect(_json(body)))
 
-    def read(self, prompts: Located, parameters: Located) -> GenerateRequest:
+    def read(self, body: "Body") -> GenerateRequest:
         """Return the request of prompts and parameters, wherever they stood; raises InvalidRequest."""
+        prompts, parameters = body.prompts, body.parameters
         chat = looks_like_messages(prompts.value)
+        if chat:
+            prompts = _with_joined_parts(prompts)
         self._check(self._messages if chat else self._prompts, prompts.value, prompts.pointer)
         found = [_chat(prompts)] if chat else _texts(prompts)
         given = self._checked(parameters, n_prompts=len(found))
         if not chat and "chat_template" in given:
             _refuse("`chat_template` is for messages", f"{parameters.pointer}/chat_template")
+        if body.as_list and given.get("output_format", self.defaults["output_format"]) == "auto":
+            given["output_format"] = "list"
         return self.build(found, given, parameters.pointer)
 
     def build(
@@ -139,12 +153,13 @@ class RequestParser:
             return_full_text=values["return_full_text"] and not chat,
             stream=values["stream"],
             details=values["details"],
-            output_format=values["output_format"],
+            output_format="records" if values["output_format"] == "auto" else values["output_format"],
             repetition_guard=int(values["repetition_guard"]),
+            stop_token_ids=tuple(int(id) for id in values["stop_token_ids"]),
         )
 
     def _checked(self, parameters: Located, n_prompts: int | None) -> dict[str, Any]:
-        """Return the given parameters, each checked; nulls are left out, `stop_sequences` becomes `stop`, a list.
+        """Return the given parameters, each checked, under their first names; nulls are left out.
 
         n_prompts None: no lists per prompt.
         """
@@ -155,29 +170,38 @@ class RequestParser:
                 code="wrong_type",
             )
         given: dict[str, Any] = {}
+        names: dict[str, str] = {}  # by which name a parameter was given
         for name, value in parameters.value.items():
             pointer = f"{parameters.pointer}/{_escape(name)}"
             if name not in self.rules:
                 _refuse(unknown(name, list(self.rules)), pointer, code="unknown_parameter")
             if value is None:
                 continue
-            given[name] = value
-            if isinstance(value, list) and self.rules[name].get("x-per-prompt") and n_prompts is not None:
+            rule = self.rules[name]
+            if isinstance(value, list) and rule.get("x-per-prompt") and n_prompts is not None:
                 if len(value) != n_prompts:
                     _refuse(
                         f"`{name}` as a list needs one value per prompt ({n_prompts}), got {len(value)}",
                         pointer,
                         code="wrong_length",
                     )
+                value = [_with_booleans(rule, item) for item in value]
                 for i, item in enumerate(value):
                     self._check(self._validators[name], item, f"{pointer}/{i}", name=name)
             else:
+                value = _with_booleans(rule, value)
                 self._check(self._validators[name], value, pointer, name=name)
-        if "stop" in given and "stop_sequences" in given:
-            _refuse("`stop` and `stop_sequences` are the same; give one", f"{parameters.pointer}/stop_sequences")
-        for name in ("stop", "stop_sequences"):
-            if name in given:
-                given["stop"] = [t.value for t in _texts(Located(given.pop(name), f"{parameters.pointer}/{name}"))]
+            first_name = rule.get("x-alias-of", name)
+            if first_name in given:
+                _refuse(f"`{names[first_name]}` and `{name}` are the same; give one", pointer)
+            names[first_name] = name
+            if not rule.get("x-no-effect"):
+                given[first_name] = value
+        if "stop" in given:
+            pointer = f"{parameters.pointer}/{names['stop']}"
+            given["stop"] = [text.value for text in _texts(Located(given["stop"], pointer))]
+        if isinstance(given.get("stop_token_ids"), int | float):
+            given["stop_token_ids"] = [given["stop_token_ids"]]
         return given
 
     def _check(self, validator: "Draft202012Validator", value: Any, pointer: str, name: str = "") -> None:
@@ -193,6 +217,9 @@ def request_schema(settings: Settings) -> dict[str, Any]:
     """Return the JSON Schema (2020-12) of a request under the operator's limits."""
     schema: dict[str, Any] = json.loads(files("mptserve").joinpath("request.schema.json").read_text(encoding="utf-8"))
     rules = schema["$defs"]["parameters"]["properties"]
+    for rule in rules.values():
+        if "x-no-effect" in rule:
+            rule["description"] = "Accepted without effect, for clients of other servers."
     rules["max_new_tokens"]["maximum"] = rules["min_new_tokens"]["maximum"] = settings.max_new_tokens
     rules["max_new_tokens"]["default"] = min(rules["max_new_tokens"]["default"], settings.max_new_tokens)
     rules["num_return_sequences"]["maximum"] = settings.max_sequences
@@ -200,8 +227,12 @@ def request_schema(settings: Settings) -> dict[str, Any]:
     rules["chat_template"]["enum"] = list(CHAT_TEMPLATES)
     schema["$defs"]["prompt_list"]["maxItems"] = settings.max_prompts
     for name, value in settings.default_parameters.items():
-        if name in rules and value is not None:
-            rules["stop" if name == "stop_sequences" else name]["default"] = value
+        if name in rules and value is not None and not rules[name].get("x-no-effect"):
+            rules[rules[name].get("x-alias-of", name)]["default"] = value
+    for name, rule in rules.items():
+        if "x-alias-of" in rule:
+            first = {key: value for key, value in rules[rule["x-alias-of"]].items() if key != "default"}
+            rules[name] = first | rule | {"description": f"Another name of `{rule['x-alias-of']}`; give one of them."}
     return schema
 
 
@@ -232,33 +263,60 @@ def _json(body: bytes) -> Any:
         _refuse(f"the body {exc}", "", code="invalid_json")
 
 
-def dialect(body: Any) -> tuple[Located, Located]:
-    """Return (prompts, parameters), unchecked, from any of the forms that clients send; see request.schema.json."""
+@dataclass(frozen=True)
+class Body:
+    """The parts of a body, unchecked. as_list: whether clients that send this form read a list of texts."""
+
+    prompts: Located
+    parameters: Located
+    as_list: bool = False
+
+
+def dialect(body: Any) -> Body:
+    """Return prompts and parameters from any of the forms that clients send; see request.schema.json."""
     if not isinstance(body, dict):
         _refuse(f"the body must be a JSON object, got {kind_of(body)}", "", code="wrong_type")
     key = "inputs" if "inputs" in body and "input_data" not in body else "input_data"
     if key not in body:
-        _refuse("`input_data` is missing: the prompts go there, as `input_data.input_string`", "", code="missing_field")
-    inner, beside = body[key], "parameters"
-    if isinstance(inner, dict):
-        allowed = {"input_string", "parameters"} if key == "input_data" else {"input_string"}
-        _only(inner, allowed, f"/{key}")
+        hint = "; OpenAI's requests go to /v1/chat/completions or /v1/completions" if body.keys() & OPENAI else ""
+        _refuse(
+            f"`input_data` is missing: the prompts go there, as `input_data.input_string`{hint}",
+            "",
+            code="missing_field",
+        )
+    inner, beside = body[key], ["parameters"]
+    nested = isinstance(inner, dict)
+    if nested:
+        if inner.keys() & {"columns", "data"}:
+            _refuse(f"`/{key}` is a table; send the prompts as `input_string`", f"/{key}", code="unknown_field")
+        _only(inner, {"input_string", "task_type", *(PARAMETERS if key == "input_data" else ())}, f"/{key}")
         if "input_string" not in inner:
             _refuse(f"`/{key}/input_string` is missing: the prompts go there", f"/{key}", code="missing_field")
         prompts = Located(inner["input_string"], f"/{key}/input_string")
     else:
         prompts = Located(inner, f"/{key}")
-        beside = "params" if key == "input_data" else "parameters"
-    _only(body, {key, beside}, "")
-    if isinstance(inner, dict) and "parameters" in inner and "parameters" in body:
-        _refuse("parameters are given twice, in `input_data` and beside it", "/parameters", code="invalid_request")
-    if isinstance(inner, dict) and "parameters" in inner:
-        return prompts, Located(_or_empty(inner["parameters"]), f"/{key}/parameters")
-    return prompts, Located(_or_empty(body.get(beside)), f"/{beside}")
-
-
-def _or_empty(parameters: Any) -> Any:
-    return {} if parameters is None else parameters
+        beside = ["params", "parameters"] if key == "input_data" else ["parameters"]
+    _only(body, {key, "task_type", *beside, *(("stream",) if key == "inputs" else ())}, "")
+    for place, at in ((body, ""), (inner, f"/{key}")):
+        if isinstance(place, dict) and place.get("task_type") not in (None, *TASKS):
+            _refuse(
+                f"`task_type` must be one of {', '.join(f'`{t}`' for t in TASKS)}: this server generates text",
+                f"{at}/task_type",
+                code="unsupported_task",
+            )
+    places = [(inner, f"/{key}", name) for name in PARAMETERS if nested and name in inner]
+    places += [(body, "", name) for name in beside if name in body]
+    if len(places) > 1:
+        _refuse("parameters are given twice; give them once", f"/{places[-1][2]}", code="invalid_request")
+    as_list = key == "input_data" and (not nested or any(place is body for place, _, _ in places))
+    if not places:
+        parameters = Located({}, f"/{beside[0]}")
+    else:
+        place, at, name = places[0]
+        parameters = Located({} if place[name] is None else place[name], f"{at}/{name}")
+    if "stream" in body and isinstance(parameters.value, dict):
+        parameters = Located({"stream": body["stream"]} | parameters.value, parameters.pointer)
+    return Body(prompts, parameters, as_list)
 
 
 def _only(value: dict[str, Any], allowed: set[str], pointer: str) -> None:
@@ -273,6 +331,36 @@ def unknown(name: str, known: list[str]) -> str:
     hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
     shown = name if len(name) <= 40 and name.isidentifier() else f"a name of {len(name)} characters"
     return f"{'`' + shown + '`' if shown == name else shown} is not known; {hint}"
+
+
+def _with_booleans(rule: dict[str, Any], value: Any) -> Any:
+    """Return a value of a boolean parameter as a boolean where it is a string that means one."""
+    boolean = rule.get("type") == "boolean" or any(isinstance(choice, bool) for choice in rule.get("enum", ()))
+    return BOOLEANS.get(value.lower(), value) if boolean and isinstance(value, str) else value
+
+
+def _with_joined_parts(messages: Located) -> Located:
+    """Return messages whose contents are strings: lists of text parts are joined."""
+
+    def joined(message: Any, pointer: str) -> Any:
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, list) or not content:
+            return message
+        for i, part in enumerate(content):
+            at = f"{pointer}/content/{i}"
+            kind = part.get("type", "text") if isinstance(part, dict) else "text"
+            if kind in ("image_url", "image", "input_image", "input_audio", "video_url"):
+                _refuse(
+                    f"`{at}` must be text: images, sound and video are not supported", at, code="unsupported_content"
+                )
+            if not isinstance(part, dict) or kind != "text" or not isinstance(part.get("text"), str):
+                _refuse(
+                    f'`{at}` must be {{"type": "text", "text": a string}}, got {kind_of(part)}', at, code="wrong_type"
+                )
+        return message | {"content": "".join(part["text"] for part in content)}
+
+    found = [joined(message, f"{messages.pointer}/{i}") for i, message in enumerate(messages.value)]
+    return Located(found, messages.pointer)
 
 
 def _texts(found: Located) -> list[Located]:
@@ -311,8 +399,9 @@ def _well_formed(text: Located) -> None:
 
 
 def _of_prompt(values: dict[str, Any], i: int) -> dict[str, Any]:
-    """Return the parameters of the i-th prompt; `stop` is the one list that is no list per prompt."""
-    return {k: v[i] if isinstance(v, list) and k != "stop" else v for k, v in values.items()}
+    """Return the parameters of the i-th prompt; lists but those of `stop` and `stop_token_ids` are per prompt."""
+    whole = ("stop", "stop_token_ids")
+    return {k: v[i] if isinstance(v, list) and k not in whole else v for k, v in values.items()}
 
 
 def _combine(values: dict[str, Any], given: Collection[str], pointer: str) -> None:
@@ -360,6 +449,8 @@ def _rule(error: ValidationError) -> tuple[str, str]:
     limit: Any = error.validator_value
     value: Any = error.instance
     schema: Any = error.schema
+    if schema.get("x-no-effect") and error.validator == "enum":
+        return "unsupported_parameter", f"be left out or {json.dumps(limit[0])}: this server does not support it"
     match error.validator:
         case "type":
             names = {"integer": "a whole number", "object": "an object", "array": "a list"}

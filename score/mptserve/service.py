@@ -133,7 +133,7 @@ class BaseService:
             for number in range(request.num_return_sequences):
                 sampling = replace(params, seed=derived_seed(params.seed, number))
                 stop_ids = template.stop_ids if template else ()
-                check = self._stop_check(stop, stop_ids, request.repetition_guard)
+                check = self._stop_check(stop, stop_ids, request)
                 jobs.append(Job(ids, sampling, deadline, check, tokens))
                 places.append((i, number, stop, template is not None, verdict))
         generations = self.engine.submit_all(jobs)
@@ -186,17 +186,23 @@ class BaseService:
         return verdict
 
     def _stop_check(
-        self, stop: tuple[str, ...], stop_ids: tuple[int, ...], repetitions: int
+        self, stop: tuple[str, ...], end_ids: tuple[int, ...], request: GenerateRequest
     ) -> Callable[[int], str | None] | None:
-        """Return a function that tells the engine, token by token, whether a sequence ends, and why."""
-        if not stop and not stop_ids and not repetitions:
+        """Return a function that tells the engine, token by token, whether a sequence ends, and why.
+
+        end_ids: tokens that end a turn in the chat template.
+        """
+        stop_ids, repetitions = request.stop_token_ids, request.repetition_guard
+        if not stop and not end_ids and not stop_ids and not repetitions:
             return None
         text = TextStream(self.tokenizer, stop) if stop else None
         guard = RepetitionGuard(repetitions) if repetitions else None
 
         def stopped(token_id: int) -> str | None:
-            if token_id in stop_ids:
+            if token_id in end_ids:
                 return "eos"
+            if token_id in stop_ids:
+                return "stop"
             if text is not None:
                 text.push(token_id)
                 if text.stopped:

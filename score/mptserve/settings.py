@@ -87,9 +87,9 @@ class Settings:
     )
     output_format: str = _setting(
         "MPT_OUTPUT_FORMAT",
-        "records",
-        "shape of the answer when a request does not name one",
-        choices=("records", "columns", "list"),
+        "auto",
+        "shape of the answer when a request does not name one; auto: by the request's form",
+        choices=("auto", "records", "columns", "list"),
     )
     max_body_bytes: int = _setting(
         "MPT_MAX_BODY_BYTES", 16_000_000, "larger bodies are answered 413", low=1, high=100_000_000
