@@ -14,7 +14,7 @@ from mptserve.settings import read_settings
 
 log = logging.getLogger(__name__)
 
-TOLD = ("file", "results", "rows", "failed_rows", "prompt_tokens", "generated_tokens")
+REPORTED_FIELDS = ("file", "results", "rows", "failed_rows", "prompt_tokens", "generated_tokens")
 
 
 def start(arguments: list[str]) -> BatchJob:
@@ -26,12 +26,12 @@ def start(arguments: list[str]) -> BatchJob:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--model-dir")
     parser.add_argument("--output-dir")
-    given, _ = parser.parse_known_args(arguments)
+    options, _ = parser.parse_known_args(arguments)
     settings = read_settings()
     settings = dataclasses.replace(
         settings,
-        model_dir=given.model_dir or settings.model_dir,
-        batch_output_dir=given.output_dir or settings.batch_output_dir,
+        model_dir=options.model_dir or settings.model_dir,
+        batch_output_dir=options.output_dir or settings.batch_output_dir,
     )
     set_up_logging(settings.log_level)
     if settings.device != "cpu":
@@ -41,7 +41,9 @@ def start(arguments: list[str]) -> BatchJob:
 
 def succeeded(files: list[dict[str, Any]]) -> list[str]:
     """Return a line of JSON for each file that succeeded: the driver counts a file too few as a failed one."""
-    return [json.dumps({name: f[name] for name in TOLD}, ensure_ascii=False) for f in files if not f["failed"]]
+    return [
+        json.dumps({name: f[name] for name in REPORTED_FIELDS}, ensure_ascii=False) for f in files if not f["failed"]
+    ]
 
 
 def _exit(reason: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from mptserve.errors import BadFile
 
@@ -59,11 +59,11 @@ def _writable(name: str) -> str:
 
 def digest(path: Path) -> str:
     """Return a digest of the content: what decides whether results still belong to the file."""
-    found = hashlib.blake2b(digest_size=16)
+    content_hash = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
+            content_hash.update(piece)
+    return content_hash.hexdigest()
 
 
 class Source:
@@ -123,6 +123,19 @@ class Source:
             ) from exc
         except OSError as exc:
             raise BadFile(f"reading failed: {exc.strerror}", code="unreadable_file", line=self.line) from exc
+
+
+def import_pyarrow() -> Any:
+    """Return pyarrow with pyarrow.parquet imported; raises BadFile when it is not installed.
+
+    A function, because only parquet needs the package.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as exc:
+        raise BadFile("parquet needs pyarrow: pip install 'mptserve[batch]'", code="missing_package") from exc
+    return pyarrow
 
 
 def refuse_utf16(start: bytes) -> None:

@@ -57,21 +57,21 @@ class BatchJob:
         again then, in another process.
         """
         files = [input_file(path, self._root) for path in paths]
-        ended: list[dict[str, Any]] = []
+        summaries: list[dict[str, Any]] = []
         with Progress(len(files), sum(_size(f.path) for f in files), self._terminal) as progress:
             pipeline = BatchPipeline(self.service, self._rows, progress)
             open_runs: list[FileRun] = []
-            runs = pipeline.run(self._begin(files, open_runs, ended, progress))
+            runs = pipeline.run(self._begin(files, open_runs, summaries, progress))
             try:
                 for run in runs:
-                    ended.append(self._end(run))
+                    summaries.append(self._end(run))
                     open_runs.remove(run)
                     progress.files += 1
             finally:
                 runs.close()
                 for run in open_runs:
                     run.results.abandon()
-        return ended
+        return summaries
 
     def close(self) -> dict[str, Any]:
         """Write and return the summary of all that is in the output folder, and end the engine."""
@@ -79,18 +79,18 @@ class BatchJob:
         return self._summaries.write_whole()
 
     def _begin(
-        self, files: list[InputFile], open_runs: list[FileRun], ended: list[dict[str, Any]], progress: Progress
+        self, files: list[InputFile], open_runs: list[FileRun], summaries: list[dict[str, Any]], progress: Progress
     ) -> Iterator[FileRun]:
         """Yield a run for every file that has no whole results yet, when its turn has come."""
         for file in files:
             content = _digest(file.path)
             path = self._output_dir / f"{file.name}.{self.settings.batch_format}"
-            done = self._summaries.of(file, path, content)
-            if done is not None:
-                ended.append(done)
+            earlier_summary = self._summaries.of(file, path, content)
+            if earlier_summary is not None:
+                summaries.append(earlier_summary)
                 progress.files += 1
                 self.n_kept += 1
-                log.info("results are whole already", extra={"numbers": {"rows": done["rows"]}})
+                log.info("results are whole already", extra={"numbers": {"rows": earlier_summary["rows"]}})
                 continue
             run = FileRun(file, content, ResultFile(path, self.settings.batch_format))
             open_runs.append(run)
@@ -99,14 +99,14 @@ class BatchJob:
     def _end(self, run: FileRun) -> dict[str, Any]:
         """Make the results visible, then the summary, which says that they are whole."""
         n_bytes = run.results.finish()
-        told = run.tally.as_json() | {
+        outcome = run.tally.as_json() | {
             "failed": run.error is not None or self._too_many_errors(run),
             "started": run.started,
             "ended": now(),
         }
-        found = self._summaries.write(run.file, run.results.path, run.digest, n_bytes, told)
-        log.info("file done", extra={"numbers": run.tally.as_json() | {"failed": told["failed"]}})
-        return found
+        summary = self._summaries.write(run.file, run.results.path, run.digest, n_bytes, outcome)
+        log.info("file done", extra={"numbers": run.tally.as_json() | {"failed": outcome["failed"]}})
+        return summary
 
     def _too_many_errors(self, run: FileRun) -> bool:
         return run.tally.failed_rows > self.settings.batch_error_share * run.tally.rows

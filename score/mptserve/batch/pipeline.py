@@ -57,21 +57,21 @@ class FileRun:
         self.tally, self.started = Tally(), now()
         self.read_whole = False
         self.error: BadFile | None = None
-        self._turns = self._written = 0
+        self._n_rows_started = self._written = 0
         self._held: dict[int, tuple[list[dict[str, Any]], int]] = {}
 
     @property
     def complete(self) -> bool:
-        return self.read_whole and self._written == self._turns
+        return self.read_whole and self._written == self._n_rows_started
 
-    def next_turn(self) -> int:
-        self._turns += 1
-        return self._turns - 1
+    def next_index(self) -> int:
+        self._n_rows_started += 1
+        return self._n_rows_started - 1
 
-    def put(self, turn: int, records: list[dict[str, Any]]) -> int:
-        """Take the records of a turn and write what is due; return by how many characters more is held now."""
+    def put(self, index: int, records: list[dict[str, Any]]) -> int:
+        """Take the records of a row and write what is due; return by how many characters more is held now."""
         n_chars = sum(len(r["output"] or "") for r in records)
-        self._held[turn] = records, n_chars
+        self._held[index] = records, n_chars
         change = n_chars
         while self._written in self._held:
             due, n = self._held.pop(self._written)
@@ -86,11 +86,11 @@ class Waiting:
     """A row whose sequences are in the engine; `left`: how many of them are not done."""
 
     run: FileRun
-    turn: int
+    index: int
     row: InputRow
     id: Any
     submission: Submission
-    left: int
+    n_unfinished: int
 
 
 class BatchPipeline:
@@ -116,11 +116,11 @@ class BatchPipeline:
         try:
             while more or self._waiting:
                 while more and self._has_room():
-                    arrived = next(arriving, None)
-                    if arrived is None:
+                    item = next(arriving, None)
+                    if item is None:
                         more = False
                         break
-                    run, row = arrived
+                    run, row = item
                     if row is not None:
                         self._start(run, row)
                     if run.complete:
@@ -163,11 +163,11 @@ class BatchPipeline:
         run.error = exc
         run.tally.errors[exc.code] += 1
         log.warning("a file cannot be read", extra={"numbers": {"code": exc.code, "line": exc.line}})
-        self._put(run, run.next_turn(), [record(run.file.name, None, exc.line, None, **error_field(exc))])
+        self._put(run, run.next_index(), [record(run.file.name, None, exc.line, None, **error_field(exc))])
 
     def _start(self, run: FileRun, row: InputRow) -> None:
         """Hand a row's sequences to the engine; a row that breaks a rule is done at once."""
-        turn, id = run.next_turn(), None
+        index, id = run.next_index(), None
         try:
             id = self._rows.id(row)
             request = self._rows.request(run.file.name, row, id)
@@ -175,9 +175,9 @@ class BatchPipeline:
         except Unavailable as exc:
             raise EngineBroken(exc.message) from exc
         except ScoringError as exc:
-            self._fail_row(run, turn, row, id, exc)
+            self._fail_row(run, index, row, id, exc)
             return
-        waiting = Waiting(run, turn, row, id, submission, len(submission.running))
+        waiting = Waiting(run, index, row, id, submission, len(submission.running))
         self._waiting |= {r.sequence: waiting for r in submission.running}
 
     def _wait(self) -> FileRun | None:
@@ -190,8 +190,8 @@ class BatchPipeline:
             return None
         self._progress.tokens = self._events.n_tokens
         waiting = self._waiting.pop(sequence)
-        waiting.left -= 1
-        if waiting.left:
+        waiting.n_unfinished -= 1
+        if waiting.n_unfinished:
             return None
         self._finish(waiting)
         return waiting.run
@@ -203,20 +203,20 @@ class BatchPipeline:
         except ScoringError as exc:
             if exc.code in ("engine_failed", "draining"):
                 raise EngineBroken(exc.message) from exc
-            self._fail_row(run, waiting.turn, row, waiting.id, exc)
+            self._fail_row(run, waiting.index, row, waiting.id, exc)
             return
-        fields = [answer_fields(r, self._service.tokenizer, request.details) for r in results]
+        answers = [answer_fields(r, self._service.tokenizer, request.details) for r in results]
         self._progress.rows += 1
         run.tally.rows += 1
         run.tally.sequences += len(results)
-        for found in fields:
-            run.tally.finish_reasons[found["finish_reason"]] += 1
-            run.tally.prompt_tokens += found["prompt_tokens"]
-            run.tally.generated_tokens += found["generated_tokens"]
-        records = [record(run.file.name, row.number, row.line, waiting.id, **found) for found in fields]
-        self._put(run, waiting.turn, records)
+        for answer in answers:
+            run.tally.finish_reasons[answer["finish_reason"]] += 1
+            run.tally.prompt_tokens += answer["prompt_tokens"]
+            run.tally.generated_tokens += answer["generated_tokens"]
+        records = [record(run.file.name, row.number, row.line, waiting.id, **answer) for answer in answers]
+        self._put(run, waiting.index, records)
 
-    def _fail_row(self, run: FileRun, turn: int, row: InputRow, id: Any, exc: ScoringError) -> None:
+    def _fail_row(self, run: FileRun, index: int, row: InputRow, id: Any, exc: ScoringError) -> None:
         if isinstance(exc, GenerationFailed):
             log.error("a row failed", extra={"numbers": {"row": row.number, "code": exc.code}})
         self._progress.rows += 1
@@ -224,7 +224,7 @@ class BatchPipeline:
         run.tally.rows += 1
         run.tally.failed_rows += 1
         run.tally.errors[exc.code] += 1
-        self._put(run, turn, [record(run.file.name, row.number, row.line, id, **error_field(exc))])
+        self._put(run, index, [record(run.file.name, row.number, row.line, id, **error_field(exc))])
 
-    def _put(self, run: FileRun, turn: int, records: list[dict[str, Any]]) -> None:
-        self._held_chars += run.put(turn, records)
+    def _put(self, run: FileRun, index: int, records: list[dict[str, Any]]) -> None:
+        self._held_chars += run.put(index, records)

@@ -68,7 +68,7 @@ class Progress:
         }
 
     def _speed(self) -> str:
-        found = self.numbers()
+        numbers = self.numbers()
         failed = f", {self.failed_rows} failed" if self.failed_rows else ""
-        speed = f"{found['rows_per_s']:.1f} rows/s, {found['tokens_per_s']:.0f} tok/s"
+        speed = f"{numbers['rows_per_s']:.1f} rows/s, {numbers['tokens_per_s']:.0f} tok/s"
         return f"{self.files}/{self.n_files} files, {self.rows} rows{failed}, {speed}"

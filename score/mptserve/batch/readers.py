@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mptserve.batch.files import InputFile, Source, refuse_utf16
+from mptserve.batch.files import InputFile, Source, import_pyarrow, refuse_utf16
 from mptserve.errors import BadFile, InvalidRequest, ScoringError, TooLarge
 
 PIECE_CHARS = 1 << 16
@@ -45,7 +45,7 @@ def read_rows(
     """
     match file.format:
         case ".jsonl" | ".ndjson":
-            yield from _json_lines(source, limit)
+            yield from _text_lines(source, limit, _json)
         case ".json":
             yield from _json_document(source, limit, expand)
         case ".csv":
@@ -53,7 +53,7 @@ def read_rows(
         case ".tsv":
             yield from _table(source, "\t", limit, columns)
         case ".txt":
-            yield from _plain_lines(source, limit)
+            yield from _text_lines(source, limit, str)
         case _:
             yield from _parquet(source, columns)
 
@@ -65,26 +65,14 @@ def too_long(limit: int) -> TooLarge:
 # Lines ---------------------------------------------------------------------------------------------------------------
 
 
-def _plain_lines(source: Source, limit: int) -> Iterator[InputRow]:
-    """A prompt a line; empty lines are no rows."""
+def _text_lines(source: Source, limit: int, parse: Callable[[str], Any]) -> Iterator[InputRow]:
+    """Yield one row per line. parse: makes the row's value of the line. Empty lines are skipped."""
     number = 0
     for line in source.lines(limit):
         if line is not None and not line.strip():
             continue
         try:
-            yield InputRow(number, source.line, _decoded(line, limit))
-        except ScoringError as exc:
-            yield InputRow(number, source.line, error=exc)
-        number += 1
-
-
-def _json_lines(source: Source, limit: int) -> Iterator[InputRow]:
-    number = 0
-    for line in source.lines(limit):
-        if line is not None and not line.strip():
-            continue
-        try:
-            yield InputRow(number, source.line, _json(_decoded(line, limit)))
+            yield InputRow(number, source.line, parse(_decoded(line, limit)))
         except ScoringError as exc:
             yield InputRow(number, source.line, error=exc)
         number += 1
@@ -195,9 +183,9 @@ def _json_document(source: Source, limit: int, expand: Expand) -> Iterator[Input
         raise text.bad("a .json file must hold an array of rows, or one request")
     text.at += 1
     number = 0
-    while (next_is := text.peek()) != "]":
+    while (separator := text.peek()) != "]":
         if number:
-            if next_is != ",":
+            if separator != ",":
                 raise text.bad("a comma or the end of the array is missing")
             text.at += 1
             text.peek()
@@ -218,7 +206,7 @@ class _TableLines:
     def __init__(self, source: Source, limit: int) -> None:
         self._source, self._limit = source, limit
         self._lines = source.lines(limit)
-        self._again: list[tuple[int, str]] = []
+        self._lines_to_repeat: list[tuple[int, str]] = []
         self.record: list[tuple[int, str]] = []
         self._chars = 0
 
@@ -226,8 +214,8 @@ class _TableLines:
         return self
 
     def __next__(self) -> str:
-        if self._again:
-            number, text = self._again.pop()
+        if self._lines_to_repeat:
+            number, text = self._lines_to_repeat.pop()
         else:
             line = next(self._lines)
             number = self._source.line
@@ -245,7 +233,7 @@ class _TableLines:
 
     def rewind(self) -> None:
         """Give all lines but the first of the record once more: a stray quote must cost one row, not the rest."""
-        self._again += reversed(self.record[1:])
+        self._lines_to_repeat += reversed(self.record[1:])
 
 
 def _table(source: Source, delimiter: str, limit: int, columns: Columns) -> Iterator[InputRow]:
@@ -303,11 +291,7 @@ def _cells(header: list[str], cells: list[str], wanted: set[str]) -> dict[str, s
 
 
 def _parquet(source: Source, columns: Columns) -> Iterator[InputRow]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as exc:
-        raise BadFile("parquet needs pyarrow: pip install 'mptserve[batch]'", code="missing_package") from exc
+    pyarrow = import_pyarrow()
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(source.stream, pre_buffer=False) as file:

@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from mptserve.errors import BadSetting, ScoringError
+from mptserve.batch.files import import_pyarrow
+from mptserve.errors import BadFile, BadSetting, ScoringError
 from mptserve.response import Result, details
 from mptserve.tokenizer import Tokenizer
 
@@ -19,16 +20,16 @@ PARQUET_ROWS = 4096
 """Rows of a row group: what is in memory until it is written."""
 
 
-def record(file: str, row: int | None, line: int | None, id: Any, **found: Any) -> dict[str, Any]:
+def record(file: str, row: int | None, line: int | None, id: Any, **fields: Any) -> dict[str, Any]:
     """Return one record of the results; what is not known is None, and `details` is there only when asked for."""
-    values = {"file": file, "row": row, "line": line, "id": id} | found
+    values = {"file": file, "row": row, "line": line, "id": id} | fields
     return {name: values.get(name) for name in FIELDS if name != "details" or "details" in values}
 
 
 def answer_fields(result: Result, tokenizer: Tokenizer, with_details: bool) -> dict[str, Any]:
     """Return what a finished sequence adds to its record."""
     seq = result.sequence
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "sequence": result.number,
         "output": result.text,
         "finish_reason": seq.finish_reason,
@@ -36,7 +37,7 @@ def answer_fields(result: Result, tokenizer: Tokenizer, with_details: bool) -> d
         "generated_tokens": len(seq.out),
         "seed": seq.params.seed,
     }
-    return found | ({"details": details(result, tokenizer)} if with_details else {})
+    return fields | ({"details": details(result, tokenizer)} if with_details else {})
 
 
 def error_field(exc: ScoringError) -> dict[str, Any]:
@@ -60,8 +61,8 @@ class ResultFile:
     def __init__(self, path: Path, format: str) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-        self._file = self._beside.open("wb")
+        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        self._file = self._temporary.open("wb")
         self._writer: Writer = JsonLines(self._file) if format == "jsonl" else Parquet(self._file)
 
     def write(self, records: list[dict[str, Any]]) -> None:
@@ -75,19 +76,19 @@ class ResultFile:
         size = self._file.tell()
         self._file.close()
         try:
-            self._beside.replace(self.path)
+            self._temporary.replace(self.path)
         except FileNotFoundError:  # another try, which finished first, took ours for dead: its results are the same
             if not self.path.is_file():
                 raise
-        for left in self.path.parent.glob(f".{_glob_escape(self.path.name)}.*.tmp"):
-            left.unlink(missing_ok=True)
+        for leftover in self.path.parent.glob(f".{_glob_escape(self.path.name)}.*.tmp"):
+            leftover.unlink(missing_ok=True)
         return size
 
     def abandon(self) -> None:
         """Leave nothing behind; harmless after `finish`."""
         with suppress(Exception):
             self._file.close()
-        self._beside.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
 
 def _glob_escape(name: str) -> str:
@@ -101,8 +102,8 @@ class JsonLines:
         self._file = file
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        for found in records:
-            self._file.write(json.dumps(found, ensure_ascii=False).encode("utf-8") + b"\n")
+        for fields in records:
+            self._file.write(json.dumps(fields, ensure_ascii=False).encode("utf-8") + b"\n")
 
     def close(self) -> None:
         pass
@@ -113,9 +114,8 @@ class Parquet:
 
     def __init__(self, file: IO[bytes]) -> None:
         try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as exc:
+            pyarrow = import_pyarrow()
+        except BadFile as exc:
             raise BadSetting("MPT_BATCH_FORMAT is parquet, which needs pyarrow: pip install 'mptserve[batch]'") from exc
         self._pyarrow = pyarrow
         text, whole = pyarrow.string(), pyarrow.int64()
@@ -127,10 +127,14 @@ class Parquet:
         self._rows: list[dict[str, Any]] = []
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        for found in records:
-            id, more = found["id"], found.get("details")
+        for fields in records:
+            id, row_details = fields["id"], fields.get("details")
             self._rows.append(
-                found | {"id": None if id is None else str(id), "details": None if more is None else json.dumps(more)}
+                fields
+                | {
+                    "id": None if id is None else str(id),
+                    "details": None if row_details is None else json.dumps(row_details),
+                }
             )
         if len(self._rows) >= PARQUET_ROWS:
             self._flush()

@@ -87,30 +87,30 @@ class RowRequests:
 
         Made of the job's seed and the row's id, which splitting a file leaves alone; without one, of file and number.
         """
-        place: list[Any] = [self._seed, id] if id is not None else [self._seed, file, number]
-        return int.from_bytes(hashlib.blake2b(json.dumps(place).encode(), digest_size=8).digest(), "big") & MAX_SEED
+        seed_key: list[Any] = [self._seed, id] if id is not None else [self._seed, file, number]
+        return int.from_bytes(hashlib.blake2b(json.dumps(seed_key).encode(), digest_size=8).digest(), "big") & MAX_SEED
 
     def id(self, row: InputRow) -> str | int | float | None:
         """Return the row's id; raises InvalidRequest when it is none."""
         if not isinstance(row.value, dict):
             return None
-        found = row.value.get("id")
-        if found is None or (row.text_cells and not found):
+        row_id = row.value.get("id")
+        if row_id is None or (row.text_cells and not row_id):
             return None
-        if isinstance(found, bool) or not isinstance(found, (str, int, float)):
+        if isinstance(row_id, bool) or not isinstance(row_id, (str, int, float)):
             raise InvalidRequest("`/id` must be a string or a number", field="/id", code="wrong_type")
-        if isinstance(found, str):
-            if len(found) > MAX_ID_CHARS:
+        if isinstance(row_id, str):
+            if len(row_id) > MAX_ID_CHARS:
                 raise InvalidRequest(
-                    f"`/id` must have at most {MAX_ID_CHARS} characters, got {len(found)}",
+                    f"`/id` must have at most {MAX_ID_CHARS} characters, got {len(row_id)}",
                     field="/id",
                     code="wrong_length",
                 )
-            if any(0xD800 <= ord(c) <= 0xDFFF for c in found):
+            if any(0xD800 <= ord(c) <= 0xDFFF for c in row_id):
                 raise InvalidRequest("`/id` must be Unicode text", field="/id", code="invalid_text")
-        elif not abs(found) < 1 << 63:  # nor is NaN
+        elif not abs(row_id) < 1 << 63:  # nor is NaN
             raise InvalidRequest("`/id` must be a number of at most 63 bits", field="/id", code="out_of_range")
-        return found
+        return row_id
 
     def _parts(self, row: InputRow) -> tuple[Located, Located]:
         value = row.value
@@ -134,15 +134,15 @@ class RowRequests:
             inner = _json_cell(inner)
         if inner is not None and not isinstance(inner, dict):
             return Located(inner, "/parameters")
-        given: dict[str, Any] = dict(inner or {})
+        parameters: dict[str, Any] = dict(inner or {})
         for name in shape.parameters:
             value = row.value[name]
             if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
                 continue  # a table's way to leave something out
-            if given.get(name) is not None:
+            if parameters.get(name) is not None:
                 raise InvalidRequest(f"`{name}` is given twice", field=f"/{name}", code="invalid_request")
-            given[name] = _typed(value, self._parser.rules[name]) if row.text_cells else value
-        return Located(given, "/parameters" if inner else "")
+            parameters[name] = _typed(value, self._parser.rules[name]) if row.text_cells else value
+        return Located(parameters, "/parameters" if inner else "")
 
     def _shape(self, names: tuple[str, ...]) -> Shape:
         """Return what the columns are, remembered: rows of a file look alike."""
@@ -159,30 +159,30 @@ class RowRequests:
         for name in names:
             if name in rules or name in (prompt, "id", "parameters"):
                 continue
-            near = difflib.get_close_matches(name[:64].lower(), list(rules), n=1, cutoff=0.8)
-            if near:  # other columns are the file's own business; a misspelt parameter must not become a default
+            similar = difflib.get_close_matches(name[:64].lower(), list(rules), n=1, cutoff=0.8)
+            if similar:  # other columns are the file's own business; a misspelt parameter must not become a default
                 raise InvalidRequest(
-                    f"a column is called almost, but not quite, `{near[0]}`; rename it",
-                    field=f"/{near[0]}",
+                    f"a column is called almost, but not quite, `{similar[0]}`; rename it",
+                    field=f"/{similar[0]}",
                     code="unknown_parameter",
                 )
         return Shape(prompt, tuple(n for n in names if n in rules and n != prompt))
 
     def _prompt(self, names: Iterable[str]) -> str:
-        wanted = (self._prompt_column,) if self._prompt_column else PROMPT_COLUMNS
-        found = [name for name in wanted if name in names]
-        if len(found) > 1 and found[0] != PROMPT_COLUMNS[0]:
+        candidates = (self._prompt_column,) if self._prompt_column else PROMPT_COLUMNS
+        matches = [name for name in candidates if name in names]
+        if len(matches) > 1 and matches[0] != PROMPT_COLUMNS[0]:
             raise InvalidRequest(
-                f"both {' and '.join(f'`{n}`' for n in found)} could be the prompt; set MPT_BATCH_PROMPT_COLUMN",
+                f"both {' and '.join(f'`{n}`' for n in matches)} could be the prompt; set MPT_BATCH_PROMPT_COLUMN",
                 code="ambiguous_column",
             )
-        if not found:
+        if not matches:
             raise InvalidRequest(
-                f"no column {' or '.join(f'`{n}`' for n in wanted)}: the prompt goes there; "
+                f"no column {' or '.join(f'`{n}`' for n in candidates)}: the prompt goes there; "
                 "MPT_BATCH_PROMPT_COLUMN names another",
                 code="missing_column",
             )
-        return found[0]
+        return matches[0]
 
 
 def _typed(cell: str, rule: dict[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-from mptserve.batch.files import InputFile, Source
+from mptserve.batch.files import InputFile, Source, import_pyarrow
 from mptserve.batch.readers import read_rows
 from mptserve.errors import BadFile
 
@@ -66,24 +66,24 @@ def _whole(line: bytes | None) -> bytes:
 
 def _records(source: Source, delimiter: str) -> Iterator[bytes]:
     """Yield a table's records as the bytes that they are, quoted line breaks and all."""
-    taken: list[bytes] = []
+    record_lines: list[bytes] = []
 
     def lines() -> Iterator[str]:
         for line in source.lines(ROW_BYTES):
-            taken.append(_whole(line) + b"\n")
-            yield taken[-1].decode("utf-8", "surrogateescape")
+            record_lines.append(_whole(line) + b"\n")
+            yield record_lines[-1].decode("utf-8", "surrogateescape")
 
     csv.field_size_limit(ROW_BYTES)
     for cells in csv.reader(lines(), delimiter=delimiter):  # not strict: what is wrong is for scoring to say
         if cells:
-            yield b"".join(taken)
-        taken.clear()
+            yield b"".join(record_lines)
+        record_lines.clear()
 
 
 def _write_shards(
     rows: Iterable[bytes], header: bytes, rows_per_shard: int, namer: _Namer, opener: Callable[..., Any]
 ) -> list[Path]:
-    done: list[Path] = []
+    shards: list[Path] = []
     n = rows_per_shard
     with ExitStack() as shard:
         file: IO[bytes] | None = None
@@ -91,36 +91,32 @@ def _write_shards(
             if n == rows_per_shard:
                 shard.close()
                 path, n = namer.next(), 0
-                beside = path.with_name(f".{path.name}.tmp")
-                shard.callback(_place, beside, path, done)
-                file = shard.enter_context(opener(beside, "wb"))
+                temporary = path.with_name(f".{path.name}.tmp")
+                shard.callback(_publish, temporary, path, shards)
+                file = shard.enter_context(opener(temporary, "wb"))
                 file.write(header)
             assert file is not None
             file.write(row)
             n += 1
-    return done
+    return shards
 
 
-def _place(beside: Path, path: Path, done: list[Path]) -> None:
-    beside.replace(path)
-    done.append(path)
+def _publish(temporary: Path, path: Path, shards: list[Path]) -> None:
+    temporary.replace(path)
+    shards.append(path)
 
 
 def _split_parquet(path: Path, output_dir: Path, rows_per_shard: int) -> list[Path]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as exc:
-        raise BadFile("parquet needs pyarrow: pip install 'mptserve[batch]'", code="missing_package") from exc
-    namer, done = _Namer(output_dir, path.stem, ".parquet"), list[Path]()
+    pyarrow = import_pyarrow()
+    namer, shards = _Namer(output_dir, path.stem, ".parquet"), list[Path]()
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
             # batches end with row groups, so a shard may hold fewer rows than asked for, never more
             for batch in file.iter_batches(rows_per_shard, use_threads=False):
                 shard = namer.next()
-                beside = shard.with_name(f".{shard.name}.tmp")
-                pyarrow.parquet.write_table(pyarrow.Table.from_batches([batch]), beside)
-                _place(beside, shard, done)
+                temporary = shard.with_name(f".{shard.name}.tmp")
+                pyarrow.parquet.write_table(pyarrow.Table.from_batches([batch]), temporary)
+                _publish(temporary, shard, shards)
     except (pyarrow.ArrowException, OSError, ValueError) as exc:
         raise BadFile("this is no whole parquet file", code="invalid_parquet") from exc
-    return done
+    return shards

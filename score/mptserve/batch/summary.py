@@ -17,7 +17,7 @@ from mptserve.batch.files import InputFile
 
 FOLDER = "_summary"
 WHOLE_JOB = "summary.json"
-WORTH_ANOTHER_TRY = {"generation_failed", "engine_failed", "unreadable_file", "missing_package", "unavailable"}
+RETRIED_ERRORS = {"generation_failed", "engine_failed", "unreadable_file", "missing_package", "unavailable"}
 """Errors that another run may not meet; a row that breaks a rule will break it again."""
 
 
@@ -46,13 +46,13 @@ class Tally:
         return {name: dict(v) if isinstance(v, Counter) else v for name, v in vars(self).items()}
 
 
-def tally(found: dict[str, Any]) -> Tally:
+def tally(summary: dict[str, Any]) -> Tally:
     """Return the tally in a summary that was read."""
-    read = Tally()
-    for name in vars(read):
-        value = found[name]
-        setattr(read, name, Counter(value) if isinstance(value, dict) else value)
-    return read
+    result = Tally()
+    for name in vars(result):
+        value = summary[name]
+        setattr(result, name, Counter(value) if isinstance(value, dict) else value)
+    return result
 
 
 class Summaries:
@@ -65,25 +65,27 @@ class Summaries:
     def of(self, file: InputFile, results: Path, digest: str) -> dict[str, Any] | None:
         """Return the file's summary if its results are whole, belong to this content and job, and need no other try."""
         try:
-            found: dict[str, Any] = json.loads(self._path(file).read_text(encoding="utf-8"))
+            summary: dict[str, Any] = json.loads(self._path(file).read_text(encoding="utf-8"))
             size = results.stat().st_size
         except (OSError, ValueError):
             return None
-        fits = (found.get("digest"), found.get("job"), found.get("bytes")) == (digest, self.job, size)
-        return found if fits and not WORTH_ANOTHER_TRY & found["errors"].keys() else None
+        fits = (summary.get("digest"), summary.get("job"), summary.get("bytes")) == (digest, self.job, size)
+        return summary if fits and not RETRIED_ERRORS & summary["errors"].keys() else None
 
-    def write(self, file: InputFile, results: Path, digest: str, n_bytes: int, told: dict[str, Any]) -> dict[str, Any]:
+    def write(
+        self, file: InputFile, results: Path, digest: str, n_bytes: int, outcome: dict[str, Any]
+    ) -> dict[str, Any]:
         """Write the file's summary and return it."""
-        found = {
+        summary = {
             "file": file.name,
             "results": results.relative_to(self.output_dir).as_posix(),
-            **told,
+            **outcome,
             "bytes": n_bytes,
             "digest": digest,
             "job": self.job,
         }
-        _write(self._path(file), found)
-        return found
+        _write(self._path(file), summary)
+        return summary
 
     def write_whole(self) -> dict[str, Any]:
         """Add up all files' summaries into `summary.json` and return it.
@@ -92,10 +94,10 @@ class Summaries:
         """
         while True:
             paths = sorted(self._folder.rglob("*.json")) if self._folder.is_dir() else []
-            found = whole([json.loads(path.read_text(encoding="utf-8")) for path in paths])
-            _write(self.output_dir / WHOLE_JOB, found)
+            summary = whole([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+            _write(self.output_dir / WHOLE_JOB, summary)
             if len(list(self._folder.rglob("*.json"))) == len(paths):
-                return found
+                return summary
 
     def _path(self, file: InputFile) -> Path:
         return self._folder / f"{file.name}.json"
@@ -104,8 +106,8 @@ class Summaries:
 def whole(files: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the sum of files' summaries; `seconds`: from the first file's begin to the last one's end."""
     total = Tally()
-    for found in files:
-        total.add(tally(found))
+    for summary in files:
+        total.add(tally(summary))
     begin = min((f["started"] for f in files), default=0.0)
     seconds = max((f["ended"] for f in files), default=0.0) - begin
     return {
@@ -120,12 +122,12 @@ def whole(files: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def now() -> float:
