@@ -110,10 +110,10 @@ class _Echo:
         self.everything, self.ready = everything, False
 
     def __call__(self, line: str) -> None:
-        told = progress_line(line)
-        if told:
-            print(f"  {told}", flush=True)
-            self.ready = self.ready or told.startswith("engine ready")
+        progress = progress_line(line)
+        if progress:
+            print(f"  {progress}", flush=True)
+            self.ready = self.ready or progress.startswith("engine ready")
         elif self.everything and self.ready:
             print(line, flush=True)
 
@@ -144,11 +144,11 @@ def _demo(server: Server, request: Path) -> int:
 
 def _counts(header: str) -> list[int]:
     """Return the numbers of a header such as `10 12*3` (three sequences of 12)."""
-    found: list[int] = []
+    counts: list[int] = []
     for part in header.split():
         value, _, times = part.partition("*")
-        found += [int(value)] * int(times or 1)
-    return found
+        counts += [int(value)] * int(times or 1)
+    return counts
 
 
 def _serve(server: Server, request: Path) -> int:

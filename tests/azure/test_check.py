@@ -486,7 +486,7 @@ def test_no_value_anywhere_makes_a_rule_fail(folder: Path, name: str) -> None:
     """Whatever stands in a place, or when the place is missing, the rules speak of it or are silent."""
     document = read_document(folder / name)
     kind = str(document.kind)
-    for pointer in [p for p in document.places if p]:
+    for pointer in [p for p in document.locations if p]:
         *above, key = pointer
         for odd in [*ODD, "gone"]:
             value = copy.deepcopy(document.value)

@@ -20,9 +20,9 @@ def yaml_files(paths: Iterable[Path]) -> Iterator[Path]:
     """Yield the files, and the YAML files below the folders except hidden and conda ones; raises FileNotFoundError."""
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml") and p.is_file())
-            hidden = {p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts)}
-            yield from (p for p in found if p not in hidden and not _is_conda(p))
+            yaml_paths = sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml") and p.is_file())
+            hidden = {p for p in yaml_paths if any(part.startswith(".") for part in p.relative_to(path).parts)}
+            yield from (p for p in yaml_paths if p not in hidden and not _is_conda(p))
         elif path.exists():
             yield path
         else:
@@ -38,17 +38,17 @@ def check_file(path: Path, changes: Mapping[str, str] | None = None, *, sdk: boo
         document = read_document(path, changes)
     except NotReadable as exc:
         return [exc.problem]
-    found = [
+    problems = [
         Problem(path, line, "duplicate-key", f"`{key}` comes a second time", "keep one: the last would win")
         for line, key in document.duplicates
     ]
     kind = document.kind
     if kind is None:
-        said = "nothing says what this file describes"
-        found.append(Problem(path, 1, "kind", said, "begin with $schema, as the files in endpoint/ do"))
+        message = "nothing says what this file describes"
+        problems.append(Problem(path, 1, "kind", message, "begin with $schema, as the files in endpoint/ do"))
     elif kind != "other":
-        found += _check(document, kind, sdk)
-    return sorted(p for p in set(found) if (p.path, p.line, p.rule) not in document.allowed)
+        problems += _check(document, kind, sdk)
+    return sorted(p for p in set(problems) if (p.path, p.line, p.rule) not in document.allowed)
 
 
 def _check(document: Document, kind: str, sdk: bool) -> Iterator[Problem]:

@@ -46,7 +46,7 @@ class Document:
     path: Path
     folder: Path
     value: dict[str, Any]
-    places: dict[Pointer, tuple[Path, int]]
+    locations: dict[Pointer, tuple[Path, int]]
     duplicates: tuple[tuple[int, str], ...] = ()
     allowed: frozenset[tuple[Path, int, str]] = frozenset()
 
@@ -60,14 +60,14 @@ class Document:
             at = at[key]
         return at
 
-    def place(self, *pointer: str | int) -> tuple[Path, int]:
+    def location(self, *pointer: str | int) -> tuple[Path, int]:
         """Return file and line of the value, or of the nearest one above it that was written down."""
-        while pointer and pointer not in self.places:
+        while pointer and pointer not in self.locations:
             pointer = pointer[:-1]
-        return self.places.get(pointer, (self.path, 1))
+        return self.locations.get(pointer, (self.path, 1))
 
     def problem(self, pointer: Pointer, rule: str, message: str, fix: str) -> Problem:
-        path, line = self.place(*pointer)
+        path, line = self.location(*pointer)
         return Problem(path, line, rule, message, fix)
 
     @property
@@ -110,22 +110,22 @@ def _parse(path: Path) -> Document:
         raise NotReadable(Problem(path, 1, "yaml", f"cannot be read: {exc}", "give a YAML file in UTF-8")) from exc
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
-        said = getattr(exc, "problem", None) or str(exc)
+        message = getattr(exc, "problem", None) or str(exc)
         line = mark.line + 1 if mark else 1
         raise NotReadable(
-            Problem(path, line, "yaml", f"is no YAML: {said}", "mind the indentation and quotes")
+            Problem(path, line, "yaml", f"is no YAML: {message}", "mind the indentation and quotes")
         ) from exc
     if not isinstance(value, dict) or node is None:
-        said = f"must hold keys and values, got {type(value).__name__}"
-        raise NotReadable(Problem(path, 1, "yaml", said, "give one object a file"))
-    places: dict[Pointer, tuple[Path, int]] = {(): (path, 1)}
+        message = f"must hold keys and values, got {type(value).__name__}"
+        raise NotReadable(Problem(path, 1, "yaml", message, "give one object a file"))
+    locations: dict[Pointer, tuple[Path, int]] = {(): (path, 1)}
     duplicates: list[tuple[int, str]] = []
     try:
-        found = list(_walk(node, ()))
+        nodes = list(_walk(node, ()))
     except RecursionError as exc:
         raise NotReadable(Problem(path, 1, "yaml", "contains itself", "remove the alias")) from exc
-    for pointer, line, again in found:
-        places[pointer] = (path, line)
+    for pointer, line, again in nodes:
+        locations[pointer] = (path, line)
         if again:
             duplicates.append((line, str(pointer[-1])))
     allowed = {
@@ -134,7 +134,7 @@ def _parse(path: Path) -> Document:
         for rules in re.findall(r"# allow: ([a-z0-9-]+(?:, *[a-z0-9-]+)*)", line)
         for rule in re.split(", *", rules)
     }
-    return Document(path, path.parent, value, places, tuple(duplicates), frozenset(allowed))
+    return Document(path, path.parent, value, locations, tuple(duplicates), frozenset(allowed))
 
 
 def _walk(node: yaml.Node, at: Pointer) -> Iterator[tuple[Pointer, int, bool]]:
@@ -155,17 +155,19 @@ def _walk(node: yaml.Node, at: Pointer) -> Iterator[tuple[Pointer, int, bool]]:
 def _with_overlay(document: Document) -> Document:
     """Return the document, put over its base when a comment in its head names one."""
     head = document.path.read_text(encoding="utf-8")
-    found = re.search(r"^# over: (\S+)$", head, flags=re.MULTILINE)
-    if not found:
+    overlay_line = re.search(r"^# over: (\S+)$", head, flags=re.MULTILINE)
+    if not overlay_line:
         return document
-    base_path = document.path.parent / found[1]
+    base_path = document.path.parent / overlay_line[1]
     if not base_path.is_file():
-        line = head[: found.start()].count("\n") + 1
-        said = f"lies over {found[1]}, which is not there"
-        raise NotReadable(Problem(document.path, line, "file-missing", said, "give its path from this file's folder"))
+        line = head[: overlay_line.start()].count("\n") + 1
+        message = f"lies over {overlay_line[1]}, which is not there"
+        raise NotReadable(
+            Problem(document.path, line, "file-missing", message, "give its path from this file's folder")
+        )
     base = _with_overlay(_parse(base_path))
-    value, places = _merged(base.value, document.value), base.places | document.places
-    return Document(document.path, base.folder, value, places, document.duplicates, base.allowed | document.allowed)
+    value, locations = _merged(base.value, document.value), base.locations | document.locations
+    return Document(document.path, base.folder, value, locations, document.duplicates, base.allowed | document.allowed)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

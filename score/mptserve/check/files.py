@@ -26,54 +26,54 @@ def check_code(document: Document, *, functions: tuple[str, ...]) -> Iterator[Pr
     environment = document.get("environment")
     if document.get("code_configuration") is None and isinstance(environment, dict) and document.get("compute") is None:
         if "inference_config" not in environment:
-            said = "neither code_configuration nor an inference_config: nothing would answer"
+            message = "neither code_configuration nor an inference_config: nothing would answer"
             fix = "add code and scoring_script, or inference_config for an image with a server"
-            yield document.problem(("environment",), "code", said, fix)
+            yield document.problem(("environment",), "code", message, fix)
         return
     code, script = document.get("code_configuration", "code"), document.get("code_configuration", "scoring_script")
     if not isinstance(code, str) or code.startswith("azureml:"):
         return
     folder = document.folder / code
-    at = ("code_configuration", "code")
+    pointer = ("code_configuration", "code")
     if not folder.is_dir():
-        yield _missing(document, at, folder, "folder")
+        yield _missing(document, pointer, folder, "folder")
         return
     for name in HOST_FILES:
         if (folder / name).is_file():
-            said = f"azmlinfsrv reads {name} of the code folder as its own settings"
-            yield document.problem(at, "code-host-file", said, "move it out of the folder")
+            message = f"azmlinfsrv reads {name} of the code folder as its own settings"
+            yield document.problem(pointer, "code-host-file", message, "move it out of the folder")
     if not isinstance(script, str):
         yield document.problem(
             ("code_configuration",), "script", "scoring_script is missing", "name the file in `code`"
         )
         return
-    at, path = ("code_configuration", "scoring_script"), folder / script
+    pointer, path = ("code_configuration", "scoring_script"), folder / script
     if not path.is_file():
-        yield _missing(document, at, path, "file")
+        yield _missing(document, pointer, path, "file")
         return
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError) as exc:
-        said = f"{script} is no Python: {exc}"
-        yield document.problem(at, "script", said, "run it once before you upload it")
+        message = f"{script} is no Python: {exc}"
+        yield document.problem(pointer, "script", message, "run it once before you upload it")
         return
     missing = [name for name in functions if name not in _names(tree)]
     if missing:
-        said = f"{script} has no {' and no '.join(f'{name}()' for name in missing)}"
-        yield document.problem(at, "script", said, "Azure calls both; see score/score.py")
+        message = f"{script} has no {' and no '.join(f'{name}()' for name in missing)}"
+        yield document.problem(pointer, "script", message, "Azure calls both; see score/score.py")
 
 
 def _names(tree: ast.Module) -> set[str]:
     """Return the functions and imported names at the top of a module."""
-    found = set()
+    names = set()
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Import | ast.ImportFrom):
-            found |= {alias.asname or alias.name for alias in node.names}
+            names |= {alias.asname or alias.name for alias in node.names}
         elif isinstance(node, ast.Assign):
-            found |= {target.id for target in node.targets if isinstance(target, ast.Name)}
-    return found
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return names
 
 
 def check_model(document: Document, *, inside: str = "model") -> Iterator[Problem]:
@@ -97,8 +97,8 @@ def check_model(document: Document, *, inside: str = "model") -> Iterator[Proble
         yield _missing(document, (*at, "path"), folder, "folder")
         return
     if folder.is_file():
-        said = f"{path} is a file; a checkpoint is a folder with config.json, weights and tokenizer.json"
-        yield document.problem((*at, "path"), "model-checkpoint", said, "name its folder")
+        message = f"{path} is a file; a checkpoint is a folder with config.json, weights and tokenizer.json"
+        yield document.problem((*at, "path"), "model-checkpoint", message, "name its folder")
         return
     try:
         read_config(find_checkpoint(folder).folder)
@@ -117,8 +117,8 @@ def check_environment(document: Document, *, inside: str = "environment", batch:
         return
     if isinstance(environment, str):
         if batch and re.search(r"(^azureml:AzureML-)|(/registries/azureml/environments/)", environment):
-            said = "batch deployments cannot use a curated environment"
-            yield document.problem(at, "batch-environment", said, "build one of image and conda file")
+            message = "batch deployments cannot use a curated environment"
+            yield document.problem(at, "batch-environment", message, "build one of image and conda file")
         return
     if not isinstance(environment, dict):
         return  # the SDK says so
@@ -134,8 +134,8 @@ def check_environment(document: Document, *, inside: str = "environment", batch:
         else:
             yield from _check_conda(document, (*at, "conda_file"), path, batch)
     elif conda is None and "build" not in environment and "inference_config" not in environment:
-        said = "an image without conda file or inference_config serves nothing of ours"
-        yield document.problem(at, "environment-image", said, "add conda_file: …/conda.yaml")
+        message = "an image without conda file or inference_config serves nothing of ours"
+        yield document.problem(at, "environment-image", message, "add conda_file: …/conda.yaml")
 
 
 def _check_conda(document: Document, at: Pointer, path: Path, batch: bool) -> Iterator[Problem]:
@@ -144,22 +144,22 @@ def _check_conda(document: Document, at: Pointer, path: Path, batch: bool) -> It
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         packages = _pip_packages(content)
     except (yaml.YAMLError, OSError, ValueError, AttributeError, TypeError) as exc:
-        said = f"{path.name} is no conda environment: {' '.join(str(exc).split())[:200]}"
-        yield document.problem(at, "conda", said, "see conda.yaml")
+        message = f"{path.name} is no conda environment: {' '.join(str(exc).split())[:200]}"
+        yield document.problem(at, "conda", message, "see conda.yaml")
         return
     loose = [line for line in packages if not re.search(r"==|@|^-", line)]
     if loose:
-        said = f"{path.name} does not pin {', '.join(loose)}"
-        yield document.problem(at, "conda-pins", said, "write ==VERSION, as conda.yaml does")
+        message = f"{path.name} does not pin {', '.join(loose)}"
+        yield document.problem(at, "conda-pins", message, "write ==VERSION, as conda.yaml does")
     names = {re.split(r"[=<>!~\[; @]", line)[0].lower().replace("_", "-") for line in packages}
     if "mptserve" in names:
-        said = f"{path.name} installs mptserve: the installed copy can hide the uploaded one"
-        yield document.problem(at, "conda", said, "remove it; the folder score/ is the package")
+        message = f"{path.name} installs mptserve: the installed copy can hide the uploaded one"
+        yield document.problem(at, "conda", message, "remove it; the folder score/ is the package")
     needed = {"azureml-core", "azureml-dataset-runtime"} if batch else {"azureml-inference-server-http"}
     if absent := sorted(needed - names):
         what = "batch driver" if batch else "server"
-        said = f"{path.name} lacks {' and '.join(absent)}: Azure's {what} would not start"
-        yield document.problem(at, "conda-host", said, "add it, pinned")
+        message = f"{path.name} lacks {' and '.join(absent)}: Azure's {what} would not start"
+        yield document.problem(at, "conda-host", message, "add it, pinned")
 
 
 def _pip_packages(content: Any) -> list[str]:
@@ -171,5 +171,5 @@ def _pip_packages(content: Any) -> list[str]:
 
 
 def _missing(document: Document, at: Pointer, path: Path, what: str) -> Problem:
-    said = f"there is no {what} {path}"
-    return document.problem(at, "file-missing", said, f"paths start from the YAML's folder, {document.folder}")
+    message = f"there is no {what} {path}"
+    return document.problem(at, "file-missing", message, f"paths start from the YAML's folder, {document.folder}")

@@ -46,7 +46,7 @@ def load_with_sdk(document: Document) -> Iterator[Problem]:
         raise
     except Exception as exc:  # it raises marshmallow's, its own and bare ones
         fix = f"see {_REFERENCE}-{_PAGES[str(document.kind)]}"
-        for pointer, message in _said(exc, document):
+        for pointer, message in _complaints(exc, document):
             yield document.problem(pointer, "azure-sdk", f"azure-ai-ml refuses it: {message}", fix)
 
 
@@ -87,16 +87,16 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _said(exc: Exception, document: Document) -> list[tuple[Pointer, str]]:
+def _complaints(exc: Exception, document: Document) -> list[tuple[Pointer, str]]:
     """Return (where, what) of everything that the loader complains of; the SDK wraps its findings as JSON in prose."""
     messages = getattr(exc, "messages", None)
     if isinstance(messages, dict):
         return list(_flat(messages, (), document))
     text = str(exc)
-    found = re.search(r"\{.*\}", text, flags=re.DOTALL)
-    if found:
+    json_part = re.search(r"\{.*\}", text, flags=re.DOTALL)
+    if json_part:
         with contextlib.suppress(yaml.YAMLError):
-            parsed = yaml.safe_load(found[0])
+            parsed = yaml.safe_load(json_part[0])
             if isinstance(parsed, dict) and (flat := list(_flat(parsed, (), document))):
                 return flat
     plain = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
@@ -115,6 +115,6 @@ def _flat(messages: Any, at: Pointer, document: Document) -> Iterator[tuple[Poin
         forms = [m for m in messages if isinstance(m, dict)]
         yield from _flat(forms[-1] if isinstance(document.get(*at), dict) else forms[0], at, document)
     elif isinstance(messages, list) and messages:
-        where = ".".join(map(str, at))
-        said = "; ".join(" ".join(str(m).split()) for m in messages)[:300].rstrip(".: ")
-        yield at, f"{where}: {said}" if where else said
+        name = ".".join(map(str, at))
+        complaint = "; ".join(" ".join(str(m).split()) for m in messages)[:300].rstrip(".: ")
+        yield at, f"{name}: {complaint}" if name else complaint

@@ -46,12 +46,14 @@ def check_times(document: Document) -> Iterator[Problem]:
             "Azure ends at 180 s",
         )
     if document.get("request_settings", "max_queue_wait_ms") is not None:
-        where = ("request_settings", "max_queue_wait_ms")
-        yield document.problem(where, "queue-wait", "max_queue_wait_ms has no effect any more", "remove the line")
+        wait_pointer = ("request_settings", "max_queue_wait_ms")
+        yield document.problem(
+            wait_pointer, "queue-wait", "max_queue_wait_ms has no effect any more", "remove the line"
+        )
     deadline = _number(env(document, "MPT_DEADLINE_MS"), Settings.deadline_ms)
     if deadline >= timeout:
         yield document.problem(
-            env_place("MPT_DEADLINE_MS"),
+            env_pointer("MPT_DEADLINE_MS"),
             "deadline",
             f"MPT_DEADLINE_MS {deadline} is not below request_timeout_ms {timeout}: callers get 408 and no text",
             f'set MPT_DEADLINE_MS: "{max(timeout - 10_000, timeout // 2)}"',
@@ -61,7 +63,7 @@ def check_times(document: Document) -> Iterator[Problem]:
     graceful = _number(_flag(document, "--graceful-timeout"), 30)
     if graceful * 1000 < min(deadline, timeout):
         yield document.problem(
-            env_place("GUNICORN_CMD_ARGS"),
+            env_pointer("GUNICORN_CMD_ARGS"),
             "graceful-timeout",
             f"a stopping worker cuts requests off after {graceful} s, but they may take {min(deadline, timeout)} ms",
             f"add --graceful-timeout {-(-min(deadline, timeout) // 1000)} to GUNICORN_CMD_ARGS",
@@ -74,27 +76,27 @@ def check_host(document: Document) -> Iterator[Problem]:
     concurrency = whole(document.get(*at))
     if concurrency is None:
         if document.get(*at) is None:
-            said = "max_concurrent_requests_per_instance is missing; with Azure's 1 the engine would batch nothing"
-            yield document.problem(at, "concurrency", said, "set it to MPT_MAX_ROWS")
+            message = "max_concurrent_requests_per_instance is missing; with Azure's 1 the engine would batch nothing"
+            yield document.problem(at, "concurrency", message, "set it to MPT_MAX_ROWS")
         concurrency = 1
     elif concurrency < 1:
         yield document.problem(at, "concurrency", f"{concurrency} requests at a time is none", "set it to MPT_MAX_ROWS")
     if not served_by_host(document):
         return
-    arguments, where = env(document, "GUNICORN_CMD_ARGS") or "", env_place("GUNICORN_CMD_ARGS")
+    arguments, arguments_pointer = env(document, "GUNICORN_CMD_ARGS") or "", env_pointer("GUNICORN_CMD_ARGS")
     kind = _flag(document, "--worker-class") or _flag(document, "-k")
     needed = 2 * concurrency + SPARE_THREADS
     advice = f"--worker-class gthread --threads {2 * concurrency + 8}"
     if kind not in (None, "gthread") or (kind is None and "--threads" not in arguments):
         yield document.problem(
-            where,
+            arguments_pointer,
             "host-threads",
             "without gunicorn's gthread worker one generation blocks every request and the health probe",
             f"put {advice} into GUNICORN_CMD_ARGS",
         )
     elif (threads := _number(_flag(document, "--threads"), 1)) < needed:
         yield document.problem(
-            where,
+            arguments_pointer,
             "host-threads",
             f"{threads} threads for {concurrency} concurrent requests, of which Azure sends up to {2 * concurrency}: "
             "the health probe would wait",
@@ -102,21 +104,23 @@ def check_host(document: Document) -> Iterator[Problem]:
         )
     if env(document, "WORKER_COUNT") not in (None, "1"):
         yield document.problem(
-            env_place("WORKER_COUNT"),
+            env_pointer("WORKER_COUNT"),
             "host-workers",
             "every worker loads the model again, and requests of two workers are never batched together",
             'set WORKER_COUNT: "1" and more instances',
         )
     if str(env(document, "WORKER_PRELOAD") or "").lower() in ("true", "1"):
-        said = "WORKER_PRELOAD forks a process away from its engine, which then answers nothing"
-        yield document.problem(env_place("WORKER_PRELOAD"), "host-preload", said, "remove it")
+        message = "WORKER_PRELOAD forks a process away from its engine, which then answers nothing"
+        yield document.problem(env_pointer("WORKER_PRELOAD"), "host-preload", message, "remove it")
     if env(document, "SCORING_TIMEOUT_MS") is not None:
-        said = "SCORING_TIMEOUT_MS does nothing in a gthread worker"
-        yield document.problem(env_place("SCORING_TIMEOUT_MS"), "scoring-timeout", said, "use MPT_DEADLINE_MS instead")
+        message = "SCORING_TIMEOUT_MS does nothing in a gthread worker"
+        yield document.problem(
+            env_pointer("SCORING_TIMEOUT_MS"), "scoring-timeout", message, "use MPT_DEADLINE_MS instead"
+        )
     timeout = whole(document.get("request_settings", "request_timeout_ms")) or 5000
     if _number(env(document, "WORKER_TIMEOUT"), 300) * 1000 < min(timeout, MAX_TIMEOUT_MS):
         yield document.problem(
-            env_place("WORKER_TIMEOUT"),
+            env_pointer("WORKER_TIMEOUT"),
             "worker-timeout",
             f"WORKER_TIMEOUT is shorter than request_timeout_ms {timeout}",
             'set WORKER_TIMEOUT: "300"',
@@ -130,9 +134,9 @@ def check_insights(document: Document) -> Iterator[Problem]:
         str(document.get("app_insights_enabled")).lower() == "true"
         and str(env(document, name) or "true").lower() != "false"
     ):
-        place = env_place(name) if env(document, name) is not None else ("app_insights_enabled",)
+        pointer = env_pointer(name) if env(document, name) is not None else ("app_insights_enabled",)
         yield document.problem(
-            place,
+            pointer,
             "app-insights-text",
             "Application Insights gets the text of every answer, and streams arrive in one piece",
             f'set {name}: "false"',
@@ -147,13 +151,13 @@ def check_instances(document: Document) -> Iterator[Problem]:
             ("instance_count",), "instance-count", "instance_count is missing", "set instance_count: 1"
         )
     elif whole(count) is not None and not 1 <= count <= 50:
-        said = f"{count} instances; a deployment has 1 to 50"
-        yield document.problem(("instance_count",), "instance-count", said, "set 1 to 50")
+        message = f"{count} instances; a deployment has 1 to 50"
+        yield document.problem(("instance_count",), "instance-count", message, "set 1 to 50")
     scaling = document.get("scale_settings", "type")
     if scaling not in (None, "default"):
-        said = f"`{scaling}` scaling is for Kubernetes; managed endpoints scale by Azure Monitor"
+        message = f"`{scaling}` scaling is for Kubernetes; managed endpoints scale by Azure Monitor"
         yield document.problem(
-            ("scale_settings", "type"), "scale-settings", said, "remove it; see overlays/autoscale.json"
+            ("scale_settings", "type"), "scale-settings", message, "remove it; see overlays/autoscale.json"
         )
 
 
@@ -172,11 +176,11 @@ def check_probes(document: Document) -> Iterator[Problem]:
                 yield document.problem((probe, key), "probe-value", f"{probe}.{key} is {value}", "set 1 or more")
             number[key] = max(default if value is None else value, 1)
         if number["timeout"] > number["period"]:
-            said = f"{probe} waits {number['timeout']} s for an answer but asks every {number['period']} s"
-            yield document.problem((probe, "timeout"), "probe-timeout", said, "make timeout at most period")
+            message = f"{probe} waits {number['timeout']} s for an answer but asks every {number['period']} s"
+            yield document.problem((probe, "timeout"), "probe-timeout", message, "make timeout at most period")
         if probe == "liveness_probe" and number["success_threshold"] != 1:
-            said = "a liveness probe succeeds at the first answer"
-            yield document.problem((probe, "success_threshold"), "probe-value", said, "set success_threshold: 1")
+            message = "a liveness probe succeeds at the first answer"
+            yield document.problem((probe, "success_threshold"), "probe-value", message, "set success_threshold: 1")
         if config is None or (probe == "liveness_probe" and not served_by_host(document)):
             continue  # another server may well answer before it has loaded
         weights_gb = config.n_parameters * BYTES[model_dtype(document)] / 1e9
@@ -215,7 +219,7 @@ def env(document: Document, name: str) -> str | None:
     return None if value is None else str(value)
 
 
-def env_place(name: str) -> Pointer:
+def env_pointer(name: str) -> Pointer:
     """Return the pointer to report a variable at: its own line, or that of `environment_variables`."""
     return ("environment_variables", name)
 

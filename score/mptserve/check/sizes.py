@@ -51,22 +51,22 @@ def check_sku(document: Document) -> Iterator[Problem]:
         return
     family = document.get("tags", "model_family")
     if family is not None and str(family) not in families():
-        near = difflib.get_close_matches(str(family), families(), 1)
-        said = f"model_family `{family}` is not one whose size is known"
-        fix = f"use {near[0] if near else ', '.join(families())}"
-        yield document.problem(("tags", "model_family"), "model-family", said, fix)
-    place = ("environment_variables", "MPT_DEVICE")
-    if document.get(*place) == "cuda" and sku.gpu is None:
-        yield document.problem(place, "sku-device", f"{sku.name} has no GPU", "leave MPT_DEVICE out, or take a GPU")
-    elif document.get(*place) == "cpu" and sku.gpu is not None:
-        yield document.problem(place, "sku-device", f"the GPU of {sku.name} would idle", "leave MPT_DEVICE out")
+        similar = difflib.get_close_matches(str(family), families(), 1)
+        message = f"model_family `{family}` is not one whose size is known"
+        fix = f"use {similar[0] if similar else ', '.join(families())}"
+        yield document.problem(("tags", "model_family"), "model-family", message, fix)
+    pointer = ("environment_variables", "MPT_DEVICE")
+    if document.get(*pointer) == "cuda" and sku.gpu is None:
+        yield document.problem(pointer, "sku-device", f"{sku.name} has no GPU", "leave MPT_DEVICE out, or take a GPU")
+    elif document.get(*pointer) == "cpu" and sku.gpu is not None:
+        yield document.problem(pointer, "sku-device", f"the GPU of {sku.name} would idle", "leave MPT_DEVICE out")
     yield from _card(document, sku)
     dtype = str(document.get("environment_variables", "MPT_DTYPE", default="auto"))
     if dtype in ("bfloat16", "float16", "float32") and dtype not in sku.dtypes:
         what = f"its {sku.gpu.name}" if sku.gpu else "a CPU"
-        place = ("environment_variables", "MPT_DTYPE")
-        said = f"{sku.name}: {what} computes no {dtype}"
-        yield document.problem(place, "sku-dtype", said, f'set MPT_DTYPE: "{sku.dtypes[0]}"')
+        pointer = ("environment_variables", "MPT_DTYPE")
+        message = f"{sku.name}: {what} computes no {dtype}"
+        yield document.problem(pointer, "sku-dtype", message, f'set MPT_DTYPE: "{sku.dtypes[0]}"')
     elif config := model_config(document):
         yield from _memory(document, sku, config)
 
@@ -84,17 +84,17 @@ def _card(document: Document, sku: Sku) -> Iterator[Problem]:
             "use conda-cu126.yaml as conda_file, or a T4 (Standard_NC4as_T4_v3)",
         )
     if sku.gpus > 1:
-        said = f"{sku.name} has {sku.gpus} GPUs, and an instance of this package uses one: {sku.gpus - 1} would idle"
+        message = f"{sku.name} has {sku.gpus} GPUs, and an instance of this package uses one: {sku.gpus - 1} would idle"
         yield document.problem(
-            ("instance_type",), "sku-idle-gpus", said, "take a size with one GPU, and more instances"
+            ("instance_type",), "sku-idle-gpus", message, "take a size with one GPU, and more instances"
         )
 
 
 def _memory(document: Document, sku: Sku, config: MPTConfig) -> Iterator[Problem]:
     dtype = model_dtype(document)
-    found = fit(config, sku, dtype)
-    if not found.fits:
-        left = f"leaves room for {found.tokens} tokens" if found.tokens > 0 else "does not fit"
+    model_fit = fit(config, sku, dtype)
+    if not model_fit.fits:
+        left = f"leaves room for {model_fit.tokens} tokens" if model_fit.tokens > 0 else "does not fit"
         smallest = [
             other.name
             for other in sorted(skus().values(), key=lambda s: (s.gpu is None, s.usable_gb, s.cores))
@@ -106,7 +106,7 @@ def _memory(document: Document, sku: Sku, config: MPTConfig) -> Iterator[Problem
         yield document.problem(
             ("instance_type",),
             "sku-memory",
-            f"{found.weights_gb:.1f} GB of {dtype} weights in {found.usable_gb:.1f} GB of {sku.name} {left}",
+            f"{model_fit.weights_gb:.1f} GB of {dtype} weights in {model_fit.usable_gb:.1f} GB of {sku.name} {left}",
             f"take {smallest[0]}" if smallest else "take a GPU with more memory",
         )
 

@@ -19,28 +19,28 @@ def check_variables(document: Document, *inside: str) -> Iterator[Problem]:
     for key, value in variables.items():
         name = str(key)
         if not isinstance(value, str):
-            found = "nothing" if value is None else type(value).__name__
-            said = f"{name} is {found}, and variables are text"
+            kind = "nothing" if value is None else type(value).__name__
+            message = f"{name} is {kind}, and variables are text"
             fix = (
                 f'put quotes around it: {name}: "{str(value).lower()}"'
                 if value is not None
                 else "write a text in quotes"
             )
-            yield document.problem((*at, name), "env-text", said, fix)
+            yield document.problem((*at, name), "env-text", message, fix)
         if name == "AZUREML_MODEL_DIR" and document.get("model_mount_path") is None:
-            said = "AZUREML_MODEL_DIR is Azure's own: it says where the model was mounted"
-            yield document.problem((*at, name), "env-reserved", said, "remove it; name the model with `model:`")
+            message = "AZUREML_MODEL_DIR is Azure's own: it says where the model was mounted"
+            yield document.problem((*at, name), "env-reserved", message, "remove it; name the model with `model:`")
         elif name.startswith("MPT_"):
             try:
                 read_settings({name: str(value)})
             except BadSetting as exc:
                 rule = "setting-value" if name in known else "setting-unknown"
-                said = str(exc) if name in known else f"{name} is not a setting, and the server would not start"
-                yield document.problem((*at, name), rule, said, _nearest(name, known))
+                message = str(exc) if name in known else f"{name} is not a setting, and the server would not start"
+                yield document.problem((*at, name), rule, message, _nearest(name, known))
 
 
 def _nearest(name: str, known: list[str]) -> str:
     if name in known:
         return "docs/configuration.md has the ranges"
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else "docs/configuration.md has every setting"
+    similar = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {similar[0]}?" if similar else "docs/configuration.md has every setting"

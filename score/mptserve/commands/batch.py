@@ -77,10 +77,10 @@ def inputs(path: Path, output: Path) -> tuple[list[str], Path]:
         raise StartupError(f"{path} is neither a file nor a folder")
     if output.resolve().is_relative_to(path.resolve()):
         raise StartupError(f"{output} is inside {path}: the next run would take results for input")
-    found = sorted(str(p) for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
-    if not found:
+    files = sorted(str(p) for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
+    if not files:
         raise StartupError(f"{path} has no files")
-    return found, path
+    return files, path
 
 
 def _hidden(path: Path) -> bool:
@@ -89,31 +89,32 @@ def _hidden(path: Path) -> bool:
 
 def overrides(args: argparse.Namespace) -> dict[str, str]:
     """Return the variables that the command line sets."""
-    given = {
+    values = {
         "AZUREML_MODEL_DIR": args.model_dir,
         "AZUREML_BI_OUTPUT_PATH": str(args.output),
         "MPT_BATCH_FORMAT": args.format,
         "MPT_DEFAULTS": args.parameters,
         "MPT_BATCH_PROMPT_COLUMN": args.prompt_column,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
-def report(found: dict[str, Any], output: Path) -> int:
+def report(summary: dict[str, Any], output: Path) -> int:
     """Print the summary of the folder for a reader; return the exit status."""
-    print("\n".join(_lines(found, output)))
-    return 1 if found["failed_files"] else 0
+    print("\n".join(_lines(summary, output)))
+    return 1 if summary["failed_files"] else 0
 
 
-def _lines(found: dict[str, Any], output: Path) -> Iterator[str]:
-    yield f"{found['rows']} rows of {found['files']} files in {output}"
-    if found["rows_per_s"]:
-        yield f"{found['rows_per_s']:.1f} rows/s, {found['tokens_per_s']:.0f} tokens/s over {found['seconds']:.1f} s"
-    if found["failed_rows"]:
-        yield f"{found['failed_rows']} rows failed; their results say why"
-    for code, n in sorted(found["errors"].items()):
+def _lines(summary: dict[str, Any], output: Path) -> Iterator[str]:
+    yield f"{summary['rows']} rows of {summary['files']} files in {output}"
+    if summary["rows_per_s"]:
+        speed = f"{summary['rows_per_s']:.1f} rows/s, {summary['tokens_per_s']:.0f} tokens/s"
+        yield f"{speed} over {summary['seconds']:.1f} s"
+    if summary["failed_rows"]:
+        yield f"{summary['failed_rows']} rows failed; their results say why"
+    for code, n in sorted(summary["errors"].items()):
         yield f"  {n} × {code}"
-    for name in found["failed_files"]:
+    for name in summary["failed_files"]:
         yield f"failed: {name}"
 
 

@@ -60,12 +60,12 @@ def run(model_dir: Path, rows: list[int], n_prompt: int, n_new: int, rounds: int
     engine = start_engine(checkpoint.folder, config, config.vocab_size, _options(settings, max(rows)))
     print(f"{config.n_parameters / 1e9:.3f} B parameters in {place.weights} on {place.device}, ", end="")
     print(f"ready in {time.monotonic() - started:.1f} s", flush=True)
-    found = ceilings(place)
-    print(f"this machine reads {found.read_gbs:.0f} GB/s and multiplies {found.matmul_tflops:.2f} TFLOP/s\n")
+    ceiling = ceilings(place)
+    print(f"this machine reads {ceiling.read_gbs:.0f} GB/s and multiplies {ceiling.matmul_tflops:.2f} TFLOP/s\n")
     print("rows  prompt   decode tok/s   of the limit   first token ms   of the limit")
     cases = []
     for n in rows:
-        case = measure(engine, place, found, n, n_prompt, n_new, rounds)
+        case = measure(engine, place, ceiling, n, n_prompt, n_new, rounds)
         cases.append(case)
         decode, first = case.decode_tok_s / case.limit_decode_tok_s, case.limit_first_token_ms / case.first_token_ms
         print(
@@ -77,7 +77,7 @@ def run(model_dir: Path, rows: list[int], n_prompt: int, n_new: int, rounds: int
     if stats.drafted_tokens:
         print(f"{stats.drafted_tokens} draft tokens, {stats.accepted_tokens} of them accepted")
     drafts = {"drafted_tokens": stats.drafted_tokens, "accepted_tokens": stats.accepted_tokens}
-    print(json.dumps({"ceilings": asdict(found), "cases": [asdict(case) for case in cases]} | drafts))
+    print(json.dumps({"ceilings": asdict(ceiling), "cases": [asdict(case) for case in cases]} | drafts))
     return 0
 
 
@@ -87,7 +87,7 @@ def _options(settings: Settings, rows: int) -> EngineOptions:
 
 
 def measure(
-    engine: MPTEngine, place: Placement, found: Ceilings, rows: int, n_prompt: int, n_new: int, rounds: int
+    engine: MPTEngine, place: Placement, ceiling: Ceilings, rows: int, n_prompt: int, n_new: int, rounds: int
 ) -> Case:
     """Return medians over `rounds`: the time until every row has its first token, and of the steps after it."""
     config = engine.runner.model.config
@@ -100,9 +100,9 @@ def measure(
         rows,
         n_prompt,
         rows / step,
-        rows / limit(config, place, found, rows, rows * context, rows),
+        rows / limit(config, place, ceiling, rows, rows * context, rows),
         first * 1e3,
-        limit(config, place, found, rows * n_prompt, rows * n_prompt, rows, rows * n_prompt * n_prompt // 2) * 1e3,
+        limit(config, place, ceiling, rows * n_prompt, rows * n_prompt, rows, rows * n_prompt * n_prompt // 2) * 1e3,
     )
 
 
@@ -123,11 +123,11 @@ def seconds(engine: MPTEngine, rows: int, n_prompt: int, n_new: int) -> float:
 
 
 def limit(
-    config: MPTConfig, place: Placement, found: Ceilings, n_tokens: int, n_kv: int, n_logits: int, n_pairs: int = 0
+    config: MPTConfig, place: Placement, ceiling: Ceilings, n_tokens: int, n_kv: int, n_logits: int, n_pairs: int = 0
 ) -> float:
     """Return the seconds that a step takes at least; its work is as in `work`."""
     n_bytes, operations = work(config, place, n_tokens, n_kv, n_logits, n_pairs)
-    return max(n_bytes / (found.read_gbs * 1e9), operations / (found.matmul_tflops * 1e12))
+    return max(n_bytes / (ceiling.read_gbs * 1e9), operations / (ceiling.matmul_tflops * 1e12))
 
 
 def work(
@@ -170,13 +170,13 @@ def _best_seconds(work: Callable[[], object], device: torch.device, times: int =
     """Return the shortest time that `work` takes; it runs apart, so that an engine measured beside keeps its speed."""
 
     def best() -> float:
-        found = []
+        times_s = []
         for _ in range(times):
             started = time.perf_counter()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            found.append(time.perf_counter() - started)
-        return min(found)
+            times_s.append(time.perf_counter() - started)
+        return min(times_s)
 
     return run_on_new_thread(best)

@@ -44,8 +44,8 @@ def main(argv: list[str]) -> int:
         return _cannot(str(exc))
     except SdkMissing as exc:
         return _cannot(f"{exc}; or check with our own rules only: --no-sdk")
-    named = set(args.paths)
-    for problem in [p for p in problems if p.rule == "kind" and p.path not in named]:  # found in a folder: not ours
+    given_paths = set(args.paths)
+    for problem in [p for p in problems if p.rule == "kind" and p.path not in given_paths]:  # only found in a folder
         problems.remove(problem)
         print(f"{problem.path}: left alone, {problem.message}")
     if not files:
@@ -62,8 +62,8 @@ def main(argv: list[str]) -> int:
 def _fit(folder: Path, name: str | None) -> int:
     """Print, for each dtype that a machine computes, what the weights take and how many tokens fit beside them."""
     try:
-        found = find_checkpoint(folder).folder if not (folder / "config.json").is_file() else folder
-        config = read_config(found)
+        checkpoint_folder = find_checkpoint(folder).folder if not (folder / "config.json").is_file() else folder
+        config = read_config(checkpoint_folder)
     except StartupError as exc:
         return _cannot(str(exc))
     machines: list[Sku] = [sku for sku in skus().values() if sku.gpus == 1 or sku.name == "Standard_DS3_v2"]
@@ -76,10 +76,12 @@ def _fit(folder: Path, name: str | None) -> int:
     all_fit = True
     for sku in machines:
         for dtype in sku.dtypes if name else sku.dtypes[:1]:
-            it = fit(config, sku, dtype)
-            room = f"{it.tokens:>10,} {it.tokens / config.max_seq_len:>9.1f}" if it.fits else f"{'does not fit':>20}"
+            sku_fit = fit(config, sku, dtype)
+            contexts = sku_fit.tokens / config.max_seq_len
+            room = f"{sku_fit.tokens:>10,} {contexts:>9.1f}" if sku_fit.fits else f"{'does not fit':>20}"
             card = sku.gpu.name if sku.gpu else "CPU"
-            print(f"{sku.name:<26} {card:<8} {dtype:<9} {it.weights_gb:>6.2f} GB {it.usable_gb:>6.1f} GB {room}")
+            memory = f"{sku_fit.weights_gb:>6.2f} GB {sku_fit.usable_gb:>6.1f} GB"
+            print(f"{sku.name:<26} {card:<8} {dtype:<9} {memory} {room}")
         all_fit = all_fit and fit(config, sku, sku.dtypes[0]).fits
     return 0 if name is None or all_fit else 1
 

@@ -125,10 +125,10 @@ def _figures(service: "Service", running: "RunningSequence") -> str:
 def _memory(service: "Service") -> str:
     """Return the most memory that this process took, the GPU's too where it used one."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = f"memory: {peak / 1e9:.2f} GB at most"
+    text = f"memory: {peak / 1e9:.2f} GB at most"
     if service.settings.device != "cpu":
         import torch
 
         if torch.cuda.is_available():
-            found += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the GPU"
-    return found
+            text += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the GPU"
+    return text

@@ -124,13 +124,13 @@ class _Progress:
     """Says how many tensors are done: on a terminal in one line that moves, else in a line every half minute."""
 
     def __init__(self) -> None:
-        self._started = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        moment = time.monotonic()
-        line = f"{done} of {total} tensors, {moment - self._started:.0f} s"
+        now = time.monotonic()
+        line = f"{done} of {total} tensors, {now - self._started:.0f} s"
         if sys.stderr.isatty():
             print(f"\r{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        elif moment - self._said >= 30:
-            self._said = moment
+        elif now - self._printed >= 30:
+            self._printed = now
             print(line, file=sys.stderr, flush=True)
