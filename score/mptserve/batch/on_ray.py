@@ -1,6 +1,6 @@
-"""The same scoring over Ray Data: a dataset of file names, mapped by actors that each keep a model loaded.
+"""Batch scoring on Ray Data: a dataset of file names, mapped by actors that each hold a loaded model.
 
-Input, output and model must be at the same paths on every node, as on a shared file system.
+Input, output and model must have the same paths on every node, for example on a shared file system.
 """
 
 import json
@@ -10,11 +10,11 @@ from typing import Any
 from mptserve.errors import StartupError
 
 FILES_PER_CALL = 16
-"""Enough small files to fill a batch; a call's results are files, so nothing big goes through Ray."""
+"""Enough small files to fill the engine. Results are written to files, so little data goes through Ray."""
 
 
 class Scorer:
-    """An actor's state: a loaded model. Calls take and give columns, as Ray Data wants them."""
+    """An actor with a loaded model. A call takes and returns columns, the format of Ray Data."""
 
     def __init__(self, environ: dict[str, str], root: str) -> None:
         from mptserve.batch.job import BatchJob
@@ -32,7 +32,7 @@ class Scorer:
 def run_on_ray(files: list[str], root: Path, environ: dict[str, str], workers: int) -> dict[str, Any]:
     """Score files with `workers` actors and return the summary of the output folder; raises StartupError.
 
-    Each actor has a GPU when the cluster has enough. Uses the cluster that is running, or starts one on this machine.
+    Each actor gets a GPU when the cluster has enough. Uses the running cluster, or starts one on this machine.
     """
     try:
         import ray
@@ -56,7 +56,7 @@ def run_on_ray(files: list[str], root: Path, environ: dict[str, str], workers: i
             )
         per_call = max(1, min(FILES_PER_CALL, -(-len(files) // workers)))
         rows = [{"path": str(Path(f).absolute())} for f in files]
-        # Blocks are made here, not by a task, which would wait for a CPU when the actors have them all.
+        # from_items makes the blocks here. A task that made them would wait for a CPU while the actors hold them all.
         ray.data.from_items(rows, override_num_blocks=-(-len(files) // per_call)).map_batches(
             Scorer,
             fn_constructor_args=(worker_environ, str(root.absolute())),

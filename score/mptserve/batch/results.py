@@ -1,4 +1,4 @@
-"""Records to a file of results, which appears under its name only when it is whole."""
+"""Writes records to a result file, which gets its final name only when it is complete."""
 
 import json
 import os
@@ -17,17 +17,17 @@ FIELDS = (
     *("error", "details"),
 )
 PARQUET_ROWS = 4096
-"""Rows of a row group: what is in memory until it is written."""
+"""Rows in a row group, which is in memory until it is written."""
 
 
 def record(file: str, row: int | None, line: int | None, id: Any, **fields: Any) -> dict[str, Any]:
-    """Return one record of the results; what is not known is None, and `details` is there only when asked for."""
+    """Return one record of the results. Missing fields are None; `details` is present only when requested."""
     values = {"file": file, "row": row, "line": line, "id": id} | fields
     return {name: values.get(name) for name in FIELDS if name != "details" or "details" in values}
 
 
 def answer_fields(result: Result, tokenizer: Tokenizer, with_details: bool) -> dict[str, Any]:
-    """Return what a finished sequence adds to its record."""
+    """Return the fields of a record that come from its finished sequence."""
     seq = result.sequence
     fields: dict[str, Any] = {
         "sequence": result.number,
@@ -41,21 +41,21 @@ def answer_fields(result: Result, tokenizer: Tokenizer, with_details: bool) -> d
 
 
 def error_field(exc: ScoringError) -> dict[str, Any]:
-    """Return what an error adds to a record: the online server's error, without a request id."""
+    """Return the error field of a record: the online server's error, without a request id."""
     return {"error": {"code": exc.code, "message": exc.message, "field": exc.field}}
 
 
 class Writer(Protocol):
-    """Takes records; knows roughly how many bytes it was given."""
+    """Writes records in one format."""
 
     def write(self, records: list[dict[str, Any]]) -> None: ...
     def close(self) -> None: ...
 
 
 class ResultFile:
-    """Results on their way to `path`: written beside it under a name of its own, renamed by `finish`.
+    """A result file in progress: written under a temporary name beside `path` and renamed to it by `finish`.
 
-    So a try that is killed leaves nothing that could be taken for results, and two tries of one file do not meet.
+    A killed process therefore leaves no incomplete results at `path`, and two attempts at a file do not collide.
     """
 
     def __init__(self, path: Path, format: str) -> None:
@@ -69,7 +69,7 @@ class ResultFile:
         self._writer.write(records)
 
     def finish(self) -> int:
-        """Make the results visible in one step, drop what dead tries left, and return the file's size in bytes."""
+        """Rename the file to its final name, delete temporary files of failed attempts, return the size in bytes."""
         self._writer.close()
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -77,7 +77,7 @@ class ResultFile:
         self._file.close()
         try:
             self._temporary.replace(self.path)
-        except FileNotFoundError:  # another try, which finished first, took ours for dead: its results are the same
+        except FileNotFoundError:  # a parallel attempt finished first and deleted this file; its results are the same
             if not self.path.is_file():
                 raise
         for leftover in self.path.parent.glob(f".{_glob_escape(self.path.name)}.*.tmp"):
@@ -85,7 +85,7 @@ class ResultFile:
         return size
 
     def abandon(self) -> None:
-        """Leave nothing behind; harmless after `finish`."""
+        """Delete the temporary file; does nothing after `finish`."""
         with suppress(Exception):
             self._file.close()
         self._temporary.unlink(missing_ok=True)
@@ -96,7 +96,7 @@ def _glob_escape(name: str) -> str:
 
 
 class JsonLines:
-    """A JSON object a line, UTF-8."""
+    """One JSON object per line, UTF-8."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -110,7 +110,7 @@ class JsonLines:
 
 
 class Parquet:
-    """Columns as FIELDS; ids as text, details as JSON text, since a column has one type."""
+    """Parquet with the columns FIELDS. A column has one type, so ids are text and details are JSON text."""
 
     def __init__(self, file: IO[bytes]) -> None:
         try:

@@ -1,7 +1,7 @@
-"""What became of each file and of the whole job: counts, tokens, seconds, errors by kind; and what need not run again.
+"""Summaries of files and of the whole job: counts, tokens, seconds, errors by code; and which files are done.
 
-Each file's summary stands in `_summary/` of the output folder, written after its results: the file is done when it is
-there and still fits. `summary.json` adds them up.
+A file's summary is in `_summary/` of the output folder and is written after its results. A file is done when its
+summary exists and matches the file's content, the job and the results. `summary.json` has the sums over all files.
 """
 
 import json
@@ -18,12 +18,12 @@ from mptserve.batch.files import InputFile
 FOLDER = "_summary"
 WHOLE_JOB = "summary.json"
 RETRIED_ERRORS = {"generation_failed", "engine_failed", "unreadable_file", "missing_package", "unavailable"}
-"""Errors that another run may not meet; a row that breaks a rule will break it again."""
+"""Error codes that may not occur in another run; files with them are scored again. An invalid row stays invalid."""
 
 
 @dataclass
 class Tally:
-    """The numbers of one file, or of all."""
+    """The counts of one file, or of all files."""
 
     rows: int = 0
     failed_rows: int = 0
@@ -47,7 +47,7 @@ class Tally:
 
 
 def tally(summary: dict[str, Any]) -> Tally:
-    """Return the tally in a summary that was read."""
+    """Return the tally that a summary holds."""
     result = Tally()
     for name in vars(result):
         value = summary[name]
@@ -56,14 +56,14 @@ def tally(summary: dict[str, Any]) -> Tally:
 
 
 class Summaries:
-    """The summaries in one output folder. `job`: what else results depend on; other values make them stale."""
+    """The summaries of one output folder. `job`: settings and model; summaries with other values are stale."""
 
     def __init__(self, output_dir: Path, job: dict[str, Any]) -> None:
         self.output_dir, self.job = output_dir, job
         self._folder = output_dir / FOLDER
 
     def of(self, file: InputFile, results: Path, digest: str) -> dict[str, Any] | None:
-        """Return the file's summary if its results are whole, belong to this content and job, and need no other try."""
+        """Return the file's summary if its results are complete, match content and job, and have no retried error."""
         try:
             summary: dict[str, Any] = json.loads(self._path(file).read_text(encoding="utf-8"))
             size = results.stat().st_size
@@ -88,9 +88,9 @@ class Summaries:
         return summary
 
     def write_whole(self) -> dict[str, Any]:
-        """Add up all files' summaries into `summary.json` and return it.
+        """Write the sum of all files' summaries to `summary.json` and return it.
 
-        Several workers may do so at once: each looks again after writing, so the last one has seen everything.
+        Several workers may do this at once. Each lists the summaries again after writing, so the last one counts all.
         """
         while True:
             paths = sorted(self._folder.rglob("*.json")) if self._folder.is_dir() else []
@@ -104,7 +104,7 @@ class Summaries:
 
 
 def whole(files: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the sum of files' summaries; `seconds`: from the first file's begin to the last one's end."""
+    """Return the sum of files' summaries. `seconds`: from the first file's start to the last file's end."""
     total = Tally()
     for summary in files:
         total.add(tally(summary))
@@ -131,5 +131,5 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 
 def now() -> float:
-    """Return the time of day in seconds since 1970, which several machines share, unlike the monotonic clock."""
+    """Return the seconds since 1970: unlike the monotonic clock, comparable between machines."""
     return round(time.time(), 3)
