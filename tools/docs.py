@@ -19,31 +19,31 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main(argv: list[str]) -> int:
     """Refresh the generated parts; with --check only say whether they are up to date."""
-    made = {
+    contents = {
         path: with_table(path, name, table)
         for path, name, table in (
             (ROOT / "docs" / "request.md", "parameters", parameter_table()),
             (ROOT / "docs" / "configuration.md", "settings", setting_table()),
         )
     }
-    made |= conda_variants(ROOT)
-    stale = [file for file, content in made.items() if file.read_text(encoding="utf-8") != content]
+    contents |= conda_variants(ROOT)
+    stale = [file for file, content in contents.items() if file.read_text(encoding="utf-8") != content]
     if "--check" in argv:
         for file in stale:
             print(f"{file.relative_to(ROOT)} is out of date: run `make format`")
         return int(bool(stale))
     for file in stale:
-        file.write_text(made[file], encoding="utf-8")
+        file.write_text(contents[file], encoding="utf-8")
     return 0
 
 
 def with_table(path: Path, name: str, table: str) -> str:
     """Return the page's text with the table between its markers `<!-- NAME: ... -->` and `<!-- end -->`."""
     text = path.read_text(encoding="utf-8")
-    places = list(re.finditer(rf"<!-- {name}: .*?<!-- end -->", text, flags=re.DOTALL))
-    if len(places) != 1:
-        sys.exit(f"{path} must have one place for the {name}, found {len(places)}")
-    start, end = places[0].span()
+    matches = list(re.finditer(rf"<!-- {name}: .*?<!-- end -->", text, flags=re.DOTALL))
+    if len(matches) != 1:
+        sys.exit(f"{path} must have one place for the {name}, found {len(matches)}")
+    start, end = matches[0].span()
     return f"{text[:start]}<!-- {name}: made by `make format` -->\n{table}\n<!-- end -->{text[end:]}"
 
 

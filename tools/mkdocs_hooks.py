@@ -32,13 +32,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         name, path = pages.pop()
         for target in _outside(name, path.read_text(encoding="utf-8")):
             uri = f"{FOLDER}/{target}"
-            found = ROOT / target
-            if files.get_file_from_path(uri) is not None or not found.is_file():
+            source = ROOT / target
+            if files.get_file_from_path(uri) is not None or not source.is_file():
                 continue  # a missing one is reported by on_page_markdown's link, which leads nowhere
-            file = File.generated(config, uri, abs_src_path=str(found))
+            file = File.generated(config, uri, abs_src_path=str(source))
             files.append(file)
             if target.endswith(".md"):
-                pages.append((target, found))
+                pages.append((target, source))
     return files
 
 

@@ -69,7 +69,7 @@ class AzCommand:
 def az_commands(path: Path) -> list[AzCommand]:
     """Return every `az` command of a Markdown page, a shell script, or the comments of a YAML file."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-    found = []
+    commands = []
     for number, line in enumerate(text.splitlines(), 1):
         for match in re.finditer(r"(?:^|[\s`($])az (?=(?:ml|extension|configure|role|deployment) )([^`|>]*)", line):
             if path.suffix == ".md" and not _is_command(line, match):
@@ -80,8 +80,8 @@ def az_commands(path: Path) -> list[AzCommand]:
             name = next(
                 (" ".join(words[:n]) for n in (3, 2, 1) if " ".join(words[:n]) in COMMANDS), " ".join(words[:3])
             )
-            found.append(AzCommand(str(path), number, name, _options(words[len(name.split()) :])))
-    return found
+            commands.append(AzCommand(str(path), number, name, _options(words[len(name.split()) :])))
+    return commands
 
 
 def _is_command(line: str, match: "re.Match[str]") -> bool:

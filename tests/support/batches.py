@@ -49,8 +49,8 @@ def results(out: Path, name: str) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        found: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-        return found
+        records: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+        return records
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

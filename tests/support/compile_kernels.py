@@ -71,7 +71,7 @@ def type_of(name: str) -> str:
 
 def main() -> None:
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    found = []
+    results = []
     for fn, types, constants, n_warps, n_stages in cases():
         names = fn.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, type_of(n)) for n in names}
@@ -90,7 +90,7 @@ def main() -> None:
             usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
         numbers = {key: int(n) for key, n in re.findall(r"(REG|LOCAL|STACK):(\d+)", usage.stdout)}
         ptx = kernel.asm["ptx"]
-        found.append(
+        results.append(
             {
                 "kernel": fn.fn.__name__,
                 "constants": constants,
@@ -101,7 +101,7 @@ def main() -> None:
                 "tensor cores": "mma" in ptx,
             }
         )
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

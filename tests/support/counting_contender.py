@@ -14,11 +14,11 @@ def by_counting(folder: Path, dtype: str, greedy: bool) -> Any:
     def generate(prompts: list[list[int]], n_new: int, _: bool, on_token: Any) -> list[list[int]]:
         if dtype == "noisy":
             print("{}")
-        found: list[list[int]] = [[] for _ in prompts]
+        outputs: list[list[int]] = [[] for _ in prompts]
         for i in range(1, n_new + (dtype != "short")):
             for row, prompt in enumerate(prompts):
-                found[row].append(prompt[-1] + i)
+                outputs[row].append(prompt[-1] + i)
                 on_token(row)
-        return found
+        return outputs
 
     return generate

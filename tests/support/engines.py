@@ -116,13 +116,13 @@ def all_logits(model: MPT, ids: list[int], cut_at: tuple[int, ...] = (), paged: 
         slots = SlotCache(config, 64, 2, 2048)
         attention = SlotAttention(config, slots)
         assert slots.acquire(seq)
-    found = []
+    logits = []
     edges = (0, *cut_at, len(ids))
     with torch.inference_mode():
         for start, end in pairwise(edges):
             plan = attention.plan([], [Chunk(seq, start, end - start)])
-            found.append(model.logits(model.hidden(torch.tensor(ids[start:end]), plan)))
-    return torch.cat(found)
+            logits.append(model.logits(model.hidden(torch.tensor(ids[start:end]), plan)))
+    return torch.cat(logits)
 
 
 def rounding(config: MPTConfig, expected: Tensor) -> float:
@@ -150,8 +150,8 @@ def fix_drafts(monkeypatch: pytest.MonkeyPatch, truth: list[int], n_right: int, 
     steps = count()
 
     def draft(_: PromptLookup, seq: Sequence, most: int) -> list[int]:
-        right = truth[len(seq.out) : len(seq.out) + n_right]
-        return (right + [then] * most)[:most] if next(steps) % every == 0 else []
+        draft_ids = truth[len(seq.out) : len(seq.out) + n_right]
+        return (draft_ids + [then] * most)[:most] if next(steps) % every == 0 else []
 
     monkeypatch.setattr(PromptLookup, "draft", draft)
 

@@ -38,8 +38,8 @@ class Ingestion(ThreadingHTTPServer):
             return [properties for properties in spans if properties.get("Request Id") == request_id]
 
         [properties] = eventually(uploaded, f"a span of {request_id}")
-        found: dict[str, Any] = properties
-        return found
+        span: dict[str, Any] = properties
+        return span
 
 
 class _Handler(BaseHTTPRequestHandler):

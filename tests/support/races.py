@@ -86,14 +86,14 @@ class Watched:
         pairs = np.unique(written, axis=1)[0]  # one of each (element, program)
         twice = pairs[:-1][pairs[1:] == pairs[:-1]]
         for name, tensor in tensors.items():
-            own = _addresses(tensor)
-            if np.isin(own, read[0]).any():
+            tensor_addresses = _addresses(tensor)
+            if np.isin(tensor_addresses, read[0]).any():
                 self.read[kernel].add(name)
-            if np.isin(own, changed[0]).any():
+            if np.isin(tensor_addresses, changed[0]).any():
                 self.written[kernel].add(name)
-            if np.isin(own, raced).any():
+            if np.isin(tensor_addresses, raced).any():
                 self.raced.add((kernel, name))
-            if np.isin(own, twice).any():
+            if np.isin(tensor_addresses, twice).any():
                 self.written_twice.add((kernel, name))
 
 
@@ -114,31 +114,31 @@ def _addresses(tensor: torch.Tensor) -> np.ndarray:
 @contextmanager
 def watched() -> Iterator[Watched]:
     """Note every element that launches read and write."""
-    builder, found = interpreter.interpreter_builder, Watched()
+    builder, record = interpreter.interpreter_builder, Watched()
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
     run = interpreter.GridExecutor.__call__
 
     def noted_load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        found.note("read", pointers, mask)
+        record.note("read", pointers, mask)
         return load(pointers, mask, *rest)
 
     def noted_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        found.note("written", pointers, mask)
+        record.note("written", pointers, mask)
         return store(pointers, value, mask, *rest)
 
     def noted_atomic(operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        found.note("atomic", pointers, mask)
+        record.note("atomic", pointers, mask)
         return atomic(operation, pointers, value, mask, *rest)
 
     def noted_run(self: Any, *args: Any, **kwargs: Any) -> None:
         run(self, *args, **kwargs)
         arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
         tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
-        found.end(self.fn.__name__, tensors)
+        record.end(self.fn.__name__, tensors)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "create_masked_load", noted_load)
         patch.setattr(builder, "create_masked_store", noted_store)
         patch.setattr(builder, "create_atomic_rmw", noted_atomic)
         patch.setattr(interpreter.GridExecutor, "__call__", noted_run)
-        yield found
+        yield record

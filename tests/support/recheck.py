@@ -98,14 +98,17 @@ def asks(seed: int) -> Iterator[Ask]:
 
 
 def _ask(lot: random.Random, stems: list[list[str]], number: int) -> Ask:
-    shared, own = lot.choice((0, 0, 40, 90, 200, 350, 600)), lot.choice((1, 3, 10, 40))
-    text = " ".join(lot.choice(stems)[:shared] + lot.choices(WORDS, k=own))
+    n_shared, n_own = lot.choice((0, 0, 40, 90, 200, 350, 600)), lot.choice((1, 3, 10, 40))
+    text = " ".join(lot.choice(stems)[:n_shared] + lot.choices(WORDS, k=n_own))
     n_new, n = lot.choice((1, 4, 16, 16, 32, 60, 110)), lot.choice((1, 1, 1, 1, 2, 4))
     stream = lot.random() < 0.4
     hang_up_after = lot.randrange(1, 12) if stream and lot.random() < 0.2 else None
     stop = lot.choice((None, None, None, [" the", "\n"], [". "]))
-    drawn: dict[str, Any] = {"temperature": lot.choice((0.0, 0.5, 0.8, 1.0, 1.0, 1.4)), "seed": lot.getrandbits(32)}
-    drawn |= lot.choice(
+    parameters: dict[str, Any] = {
+        "temperature": lot.choice((0.0, 0.5, 0.8, 1.0, 1.0, 1.4)),
+        "seed": lot.getrandbits(32),
+    }
+    parameters |= lot.choice(
         (
             {"top_p": 1.0},
             {"top_p": 1.0},
@@ -115,7 +118,7 @@ def _ask(lot: random.Random, stems: list[list[str]], number: int) -> Ask:
             {"top_p": 0.9, "top_k": 50, "min_p": 0.01},
         )
     )
-    drawn |= lot.choice(
+    parameters |= lot.choice(
         (
             {},
             {},
@@ -126,20 +129,20 @@ def _ask(lot: random.Random, stems: list[list[str]], number: int) -> Ask:
     )
     path = lot.choice(("/v1/completions", "/v1/completions", "/v1/chat/completions", "/score"))
     if path == "/score":
-        if drawn["temperature"] == 0:
-            drawn |= {"do_sample": False, "temperature": 1.0}
-        drawn |= {"max_new_tokens": n_new, "num_return_sequences": n, "details": True, "stream": stream}
-        drawn |= lot.choice(({}, {"logprobs": 2}))
-        drawn |= {} if stop is None else {"stop": stop}
-        body: dict[str, Any] = {"input_data": {"input_string": [text], "parameters": drawn}}
+        if parameters["temperature"] == 0:
+            parameters |= {"do_sample": False, "temperature": 1.0}
+        parameters |= {"max_new_tokens": n_new, "num_return_sequences": n, "details": True, "stream": stream}
+        parameters |= lot.choice(({}, {"logprobs": 2}))
+        parameters |= {} if stop is None else {"stop": stop}
+        body: dict[str, Any] = {"input_data": {"input_string": [text], "parameters": parameters}}
         return Ask(number, path, body, hang_up_after)
-    drawn |= {"max_tokens": n_new, "n": n, "stream": stream} | ({} if stop is None else {"stop": stop})
+    parameters |= {"max_tokens": n_new, "n": n, "stream": stream} | ({} if stop is None else {"stop": stop})
     if path == "/v1/completions":
-        given: Any = text if lot.random() < 0.7 else [lot.randrange(2, 8000) for _ in range(shared + own)]
-        return Ask(number, path, drawn | {"prompt": given} | lot.choice(({}, {"logprobs": 3})), hang_up_after)
+        prompt: Any = text if lot.random() < 0.7 else [lot.randrange(2, 8000) for _ in range(n_shared + n_own)]
+        return Ask(number, path, parameters | {"prompt": prompt} | lot.choice(({}, {"logprobs": 3})), hang_up_after)
     messages = [{"role": "system", "content": "Answer like a tale."}, {"role": "user", "content": text}]
     more = lot.choice(({}, {"logprobs": True, "top_logprobs": 2}))
-    return Ask(number, path, drawn | {"messages": messages} | more, hang_up_after)
+    return Ask(number, path, parameters | {"messages": messages} | more, hang_up_after)
 
 
 def ask(port: int, asked: Ask, whole: bool = False) -> Answer:
@@ -194,12 +197,12 @@ def _of_score(body: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the choices of a stream in OpenAI's chunks."""
-    found: dict[int, dict[str, Any]] = {}
+    choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
         if "error" in chunk:
             return []
         for choice in chunk["choices"]:
-            so_far = found.setdefault(choice["index"], _choice("", None, None, None))
+            so_far = choices.setdefault(choice["index"], _choice("", None, None, None))
             so_far["text"] += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
             for name, values in (choice["logprobs"] or {}).items():
                 if values:
@@ -207,7 +210,7 @@ def _joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     so_far["logprobs"].setdefault(name, []).extend(values)
             if choice["finish_reason"] is not None:
                 so_far |= {"reason": choice["stop_reason"], "seed": choice["details"]["seed"]}
-    return [found[i] for i in sorted(found)]
+    return [choices[i] for i in sorted(choices)]
 
 
 def _joined_score(events: list[tuple[str, Any]]) -> list[dict[str, Any]]:
@@ -257,7 +260,7 @@ def patiently(port: int, asked: Ask, whole: bool = False) -> Answer:
 
 
 def recheck(
-    port: int, lone_port: int, asked: list[Ask], answers: list[Answer], found: Found, out: TextIO | None
+    port: int, lone_port: int, asked: list[Ask], answers: list[Answer], report: Found, out: TextIO | None
 ) -> None:
     """Ask for each complete answer again, alone, of one of both servers, and note what differs."""
 
@@ -269,18 +272,18 @@ def recheck(
         again = dict(item for half in both.map(of_one, (False, True)) for item in half.items())
     for a, answer in zip(asked, answers, strict=True):
         record: dict[str, Any] = {"ask": dataclasses.asdict(a), "answer": dataclasses.asdict(answer)}
-        found.counts[f"status {answer.status} {answer.problem}".strip()] += 1
-        found.counts.update(c["reason"] for c in answer.choices)
+        report.counts[f"status {answer.status} {answer.problem}".strip()] += 1
+        report.counts.update(c["reason"] for c in answer.choices)
         if (other := again.get(a.number)) is not None and not other.complete:
-            found.counts[f"not answered again: status {other.status} {other.problem}".strip()] += 1
+            report.counts[f"not answered again: status {other.status} {other.problem}".strip()] += 1
         elif other is not None:
             if other.choices != answer.choices:
-                found.differences.append(_difference(a, answer, other))
+                report.differences.append(_difference(a, answer, other))
                 record["again"] = dataclasses.asdict(other)
-            found.counts["compared"] += 1
-            found.counts["sequences"] += len(other.choices)
-            found.counts["streamed"] += a.streamed
-            found.counts["reused"] += bool(answer.reused)
+            report.counts["compared"] += 1
+            report.counts["sequences"] += len(other.choices)
+            report.counts["streamed"] += a.streamed
+            report.counts["reused"] += bool(answer.reused)
         if out is not None:
             print(json.dumps(record), file=out, flush=True)
 
@@ -323,17 +326,17 @@ def drive(
     minutes: float, seed: int, n_clients: int, n_busy: int, environ: Mapping[str, str], out: TextIO | None = None
 ) -> tuple[Found, dict[str, float]]:
     """Load and recheck for a while, in rounds; return what was found, and what the load made of the server."""
-    found, ends, endless = Found(), time.monotonic() + 60 * minutes, asks(seed)
+    report, ends, endless = Found(), time.monotonic() + 60 * minutes, asks(seed)
     with OpenAIServer(TIGHT | dict(environ)) as openai_server, OpenAIServer(LONE) as lone:
         while True:
             asked = [next(endless) for _ in range(4 * n_clients)]
-            known = len(found.differences)
+            known = len(report.differences)
             answers = under_load(openai_server.port, asked, n_clients, n_busy)
-            recheck(openai_server.port, lone.port, asked, answers, found, out)
-            for difference in found.differences[known:]:
+            recheck(openai_server.port, lone.port, asked, answers, report, out)
+            for difference in report.differences[known:]:
                 print(difference, flush=True)
             if time.monotonic() >= ends:
-                return found, reached(openai_server.port)
+                return report, reached(openai_server.port)
 
 
 def main() -> int:
@@ -347,10 +350,10 @@ def main() -> int:
     args = parser.parse_args()
     environ = dict(setting.split("=", 1) for setting in args.settings)
     with args.json.open("a", encoding="utf-8") if args.json else nullcontext() as out:
-        found, server = drive(args.minutes, args.seed, args.clients, args.busy, environ, out)
-    print(dict(found.counts), server)
-    print(len(found.differences), "differences")
-    return 1 if found.differences else 0
+        report, server = drive(args.minutes, args.seed, args.clients, args.busy, environ, out)
+    print(dict(report.counts), server)
+    print(len(report.differences), "differences")
+    return 1 if report.differences else 0
 
 
 if __name__ == "__main__":

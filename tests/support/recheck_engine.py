@@ -252,27 +252,27 @@ def alone(model: MPT, case: Case, recorder: Recorder) -> Sequence:
             seq.n_computed += 1
 
 
-def recheck(model: MPT, load: Load, found: Found, together: float = 0.5) -> None:
+def recheck(model: MPT, load: Load, report: Found, together: float = 0.5) -> None:
     """Run a load, compute each of its sequences again alone, and note what differs."""
     recorder = Recorder()
     sequences, engine = run(model, load, recorder, together)
-    found.counts["preemptions"] += engine.scheduler.n_preemptions
+    report.counts["preemptions"] += engine.scheduler.n_preemptions
     if engine.failure is not None:
-        found.differences.append(f"load {load.seed}: the engine stopped: {engine.failure}")
+        report.differences.append(f"load {load.seed}: the engine stopped: {engine.failure}")
     for number, (case, seq) in enumerate(zip(load.cases, sequences, strict=True)):
         reason = seq.finish_reason or ""
-        found.counts[reason] += 1
-        found.counts["preempted"] += seq.n_preempted > 0
-        found.counts["reused"] += seq.n_reused > 0
-        found.counts["drafted"] += seq.n_accepted > 0
-        found.counts["chunked"] += seq.n_prompt > load.prefill_tokens
+        report.counts[reason] += 1
+        report.counts["preempted"] += seq.n_preempted > 0
+        report.counts["reused"] += seq.n_reused > 0
+        report.counts["drafted"] += seq.n_accepted > 0
+        report.counts["chunked"] += seq.n_prompt > load.prefill_tokens
         if reason == "error":
             if not load.failing:
-                found.differences.append(f"load {load.seed}, sequence {number}: {seq.error}")
+                report.differences.append(f"load {load.seed}, sequence {number}: {seq.error}")
             continue
         again = alone(model, case, recorder)
-        found.counts["compared"] += 1
-        found.counts["tokens"] += len(seq.out)
+        report.counts["compared"] += 1
+        report.counts["tokens"] += len(seq.out)
         got, want = recorder.digests(seq), recorder.digests(again)
         n, whole = len(seq.out), reason in WHOLE
         same_end = not whole or (reason == again.finish_reason and n == len(again.out))
@@ -281,7 +281,7 @@ def recheck(model: MPT, load: Load, found: Found, together: float = 0.5) -> None
         bits = next((i for i, (a, b) in enumerate(zip(got, want, strict=False)) if a != b), None)
         token = next((i for i, (a, b) in enumerate(zip(seq.out, again.out, strict=False)) if a != b), None)
         about = {k: v for k, v in asdict(load).items() if k != "cases"}
-        found.differences.append(
+        report.differences.append(
             f"load {about}, sequence {number}: first other logits at {bits}, first other token at {token}, of {n} "
             f"({reason}) and {len(again.out)} ({again.finish_reason}); {seq.n_prompt} prompt tokens, "
             f"{seq.n_reused} reused, preempted {seq.n_preempted} times, {seq.n_accepted} of {seq.n_drafted} drafted; "
@@ -327,18 +327,18 @@ def main() -> int:
     parser.add_argument("--together", type=float, default=0.3, help="share of steps with two threads")
     args = parser.parse_args()
     logging.disable()  # steps that were to fail
-    found, ends, seed = Found(), time.monotonic() + 60 * args.minutes, args.seed
+    report, ends, seed = Found(), time.monotonic() + 60 * args.minutes, args.seed
     with tempfile.TemporaryDirectory() as folder:
         model, n_vocab = model_named(args.model, Path(folder), not args.plain, getattr(torch, args.dtype))
         while time.monotonic() < ends:
-            known = len(found.differences)
-            recheck(model, random_load(seed, args.sequences, n_vocab, args.most_tokens), found, args.together)
-            for difference in found.differences[known:]:
+            known = len(report.differences)
+            recheck(model, random_load(seed, args.sequences, n_vocab, args.most_tokens), report, args.together)
+            for difference in report.differences[known:]:
                 print(difference, flush=True)
             seed += 1
     print(f"{args.model} {'plain' if args.plain else 'compiled'} {args.dtype}, loads {args.seed} … {seed - 1}:")
-    print(dict(found.counts), len(found.differences), "differences")
-    return 1 if found.differences else 0
+    print(dict(report.counts), len(report.differences), "differences")
+    return 1 if report.differences else 0
 
 
 if __name__ == "__main__":

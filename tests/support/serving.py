@@ -67,11 +67,11 @@ class LoggedServer(Server):
         """Return what the log says of one request, once it does."""
 
         def record() -> dict[str, Any] | None:
-            found = [r for r in self.records() if r.get("request_id") == request_id]
-            return found[0] if found else None
+            matching = [r for r in self.records() if r.get("request_id") == request_id]
+            return matching[0] if matching else None
 
-        found: dict[str, Any] = eventually(record, f"a log record of {request_id}")
-        return found
+        matching: dict[str, Any] = eventually(record, f"a log record of {request_id}")
+        return matching
 
     def worker_pids(self) -> list[int]:
         """Return the process ids of all workers that were ever started, oldest first."""
@@ -185,8 +185,8 @@ def joined(events: list[Event]) -> dict[tuple[int, int], str]:
     texts: dict[tuple[int, int], str] = {}
     for event in events:
         if event.name == "text":
-            place = event.data["prompt"], event.data["sequence"]
-            texts[place] = texts.get(place, "") + event.data["text"]
+            sequence = event.data["prompt"], event.data["sequence"]
+            texts[sequence] = texts.get(sequence, "") + event.data["text"]
     return texts
 
 
@@ -194,12 +194,12 @@ def metrics(port: int) -> dict[str, float]:
     """Return the server's samples: `name` or `name{label=value,…}` to number."""
     reply = get(port, "/metrics")
     assert reply.status == 200, reply
-    found: dict[str, float] = {}
+    samples: dict[str, float] = {}
     for family in text_string_to_metric_families(reply.body.decode()):
         for sample in family.samples:
             labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()))
-            found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
-    return found
+            samples[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+    return samples
 
 
 def n_finished(port: int) -> float:

@@ -61,15 +61,15 @@ class BatchJobs:
         try:
             name = f"batchjob-{uuid.uuid4()}"
             endpoint = self._resource(f"/batchendpoints/{request.path_params['endpoint'].lower()}")
-            wanted = request.headers.get("azureml-model-deployment")
-            wanted = wanted or (endpoint["properties"].get("defaults") or {}).get("deploymentName")
-            if not wanted:
+            deployment_name = request.headers.get("azureml-model-deployment")
+            deployment_name = deployment_name or (endpoint["properties"].get("defaults") or {}).get("deploymentName")
+            if not deployment_name:
                 raise Refused(400, "BadRequest", "the endpoint has no default deployment, and the call names none")
             deployment = self._resource(
-                f"{endpoint['id'].partition('/workspaces/')[2].partition('/')[2]}/deployments/{wanted}".lower()
+                f"{endpoint['id'].partition('/workspaces/')[2].partition('/')[2]}/deployments/{deployment_name}".lower()
             )
-            asked = (await request.json())["properties"]
-            job = self._job(name, deployment["properties"], self._input(asked))
+            invocation = (await request.json())["properties"]
+            job = self._job(name, deployment["properties"], self._input(invocation))
         except Refused as exc:
             return exc.response()
         id_ = endpoint["id"].partition("/batchEndpoints/")[0] + f"/jobs/{name}"
@@ -100,12 +100,12 @@ class BatchJobs:
         properties["status"] = outcome.status
         properties["properties"]["reason"] = outcome.reason
 
-    def _job(self, name: str, found: dict[str, Any], input_dir: Path) -> ParallelJob:
+    def _job(self, name: str, properties: dict[str, Any], input_dir: Path) -> ParallelJob:
         """Return the job of a deployment as the resource manager has it; defaults are the YAML reference's."""
-        code = found.get("codeConfiguration") or {}
+        code = properties.get("codeConfiguration") or {}
         if not code.get("codeId"):
             raise Refused(400, "MissingDriverProgram", "a deployment of a custom model needs a code_configuration")
-        settings = (found.get("deploymentConfiguration") or {}).get("settings") or found
+        settings = (properties.get("deploymentConfiguration") or {}).get("settings") or properties
         retry = settings.get("retrySettings") or {}
         work_dir = self.root / "jobs" / name
         timeout = retry.get("timeout")
@@ -115,10 +115,12 @@ class BatchJobs:
             input_dir=input_dir,
             output_dir=self.online.storage.folder("workspace", f"azureml/{name}/score"),
             work_dir=work_dir,
-            environment_variables=dict(found.get("environmentVariables") or settings.get("environmentVariables") or {}),
-            model_dir=self._model(found.get("model"), work_dir),
+            environment_variables=dict(
+                properties.get("environmentVariables") or settings.get("environmentVariables") or {}
+            ),
+            model_dir=self._model(properties.get("model"), work_dir),
             mini_batch_size=int(settings.get("miniBatchSize") or 10),
-            instance_count=int((found.get("resources") or {}).get("instanceCount") or 1),
+            instance_count=int((properties.get("resources") or {}).get("instanceCount") or 1),
             max_concurrency_per_instance=int(settings.get("maxConcurrencyPerInstance") or 1),
             max_retries=int(retry.get("maxRetries", 3)),
             timeout_s=isodate.parse_duration(timeout).total_seconds() if timeout else 30,
@@ -133,17 +135,17 @@ class BatchJobs:
     def _model(self, model: Any, work_dir: Path) -> Path | None:
         """Lay the model out one folder deep, as Azure mounts it."""
         id_ = (model.get("assetId") or "") if isinstance(model, dict) else (model or "")
-        found = self.online.model(id_, self.manager.resources)
-        if found is None:
+        model_path = self.online.model(id_, self.manager.resources)
+        if model_path is None:
             return None
         folder = work_dir / "azureml-models"
         folder.mkdir(parents=True)
-        os.symlink(found, folder / found.name)
+        os.symlink(model_path, folder / model_path.name)
         return folder
 
-    def _input(self, asked: dict[str, Any]) -> Path:
+    def _input(self, invocation: dict[str, Any]) -> Path:
         """Return the folder of an invocation's one input: a datastore path, or a data asset."""
-        inputs = list((asked.get("inputData") or {}).values())
+        inputs = list((invocation.get("inputData") or {}).values())
         if len(inputs) != 1:
             raise Refused(400, "BadRequest", f"a model deployment takes one input, got {len(inputs)}")
         uri = str(inputs[0].get("uri") or inputs[0].get("assetId") or "")
@@ -156,10 +158,10 @@ class BatchJobs:
         if folder is None or not folder.exists():
             raise Refused(400, "BadRequest", "the input does not exist in the workspace's datastore")
         if folder.is_file():  # uri_file: a job of one file
-            alone = self.root / "inputs" / uuid.uuid4().hex
-            alone.mkdir(parents=True)
-            os.symlink(folder, alone / folder.name)
-            return alone
+            job_folder = self.root / "inputs" / uuid.uuid4().hex
+            job_folder.mkdir(parents=True)
+            os.symlink(folder, job_folder / folder.name)
+            return job_folder
         return folder
 
     def _resource(self, end: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Frontend:
         endpoint = self.endpoints.get(request.path_params["endpoint"])
         if endpoint is None:
             return _error(404, "NotFound", "there is no such endpoint")
-        if not self._may_ask(endpoint, request):
+        if not self._is_authorized(endpoint, request):
             # TSG 401. Its body is not documented: ASSUMED.
             return _error(401, "Unauthorized", "the key or token is missing, wrong or expired")
         deployment = self._route(endpoint, request)
@@ -60,25 +60,25 @@ class Frontend:
             return _error(429, "TooManyPendingRequests", f"more than {deployment.spec.max_pending} requests at once")
         deployment.in_flight += 1
         release = contextlib.ExitStack()
-        release.callback(_leave, deployment)
+        release.callback(_release_slot, deployment)
         try:
             return await self._forward(deployment, request, body, release)
         except BaseException:
             release.close()
             raise
 
-    def _may_ask(self, endpoint: Endpoint, request: Request) -> bool:
+    def _is_authorized(self, endpoint: Endpoint, request: Request) -> bool:
         """AUTH: `Authorization: Bearer X`, X being a key, an Azure ML token or an Entra token by the auth mode."""
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        scheme, _, credential = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             return False
         match endpoint.auth_mode.lower():
             case "key":
-                return given in endpoint.keys.values()
+                return credential in endpoint.keys.values()
             case "amltoken":
-                return given in endpoint.tokens
+                return credential in endpoint.tokens
             case _:
-                return given in self.entra_tokens
+                return credential in self.entra_tokens
 
     def _route(self, endpoint: Endpoint, request: Request) -> Deployment | None:
         """ROLLOUT: the header names a deployment whatever the traffic says; else by weight. Drawing lots: ASSUMED."""
@@ -113,7 +113,7 @@ class Frontend:
         except asyncio.TimeoutError:
             pass
         finally:
-            _leave(deployment)
+            _release_slot(deployment)
 
     async def _forward(
         self, deployment: Deployment, request: Request, body: bytes, release: contextlib.ExitStack
@@ -122,9 +122,9 @@ class Frontend:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + deployment.spec.request_timeout_s
         call = asyncio.create_task(self._call(deployment, request, body, release))
-        gone = asyncio.create_task(_gone(request))
+        disconnect = asyncio.create_task(_wait_for_disconnect(request))
         try:
-            await asyncio.wait([call, gone], timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([call, disconnect], timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
             if not call.done():  # a caller who hangs up is not waited for either: the container sees it. ASSUMED.
                 call.cancel()
                 await asyncio.wait([call])
@@ -137,7 +137,7 @@ class Frontend:
             release.close()
             return _error(424, "ModelError", f"the model's container did not answer: {type(exc).__name__}")
         finally:
-            gone.cancel()
+            disconnect.cancel()
         headers = {k: v for k, v in upstream.headers.items() if k not in HOP_BY_HOP}
         headers[DEPLOYMENT_HEADER] = deployment.name  # ASSUMED
         status = upstream.status_code
@@ -169,7 +169,7 @@ class Frontend:
                 instance.in_flight -= 1
                 raise
             else:
-                release.callback(_leave, instance)
+                release.callback(_release_slot, instance)
                 return upstream
 
     def _request(self, instance: Instance, request: Request, body: bytes) -> httpx2.Request:
@@ -217,14 +217,14 @@ async def _finish(upstream: httpx2.Response, release: contextlib.ExitStack) -> N
     release.close()
 
 
-async def _gone(request: Request) -> None:
+async def _wait_for_disconnect(request: Request) -> None:
     """Return when the caller has hung up. The body has been read, so nothing else can come."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _leave(place: Deployment | Instance) -> None:
-    place.in_flight -= 1
+def _release_slot(target: Deployment | Instance) -> None:
+    target.in_flight -= 1
 
 
 def _error(status: int, code: str, message: str) -> JSONResponse:

@@ -24,7 +24,7 @@ PROBE_EVERY_S = 0.2
 """The emulator probes more often than the spec says, so that nobody waits; the time that may pass is the spec's."""
 GRACE_S = 30.0
 """Between SIGTERM and SIGKILL. What Azure gives is not documented; 30 s is Kubernetes' default. ASSUMED."""
-WITH_US = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
 """On Linux a container ends with the emulator, even when nobody gave the emulator time to say so."""
 PASSED_ON = {"PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TZ", "VIRTUAL_ENV"}
 """Of the emulator's own environment; beyond it a container sees what its image and the deployment set."""
@@ -147,7 +147,7 @@ class Instance:
     async def _launch(self) -> asyncio.subprocess.Process:
         script = self.app_root / self.spec.scoring_script
         self.process = await asyncio.create_subprocess_exec(
-            *WITH_US,
+            *DIE_WITH_PARENT,
             *(sys.executable, "-m", "azureml_inference_server_http.amlserver"),
             *("--entry_script", str(script), "--port", str(self.port)),
             env=self.environment(),

@@ -123,8 +123,8 @@ class OnlineResources:
         resource = resources.get(model_id.lower())
         if resource is None:
             raise Refused(404, "ResourceNotFound", f"there is no model {model_id!r}")
-        found = search(r"/paths/(.+)$", resource["properties"].get("modelUri") or "")
-        path = self.storage.folder("workspace", found[1].rstrip("/")) if found else None
+        match = search(r"/paths/(.+)$", resource["properties"].get("modelUri") or "")
+        path = self.storage.folder("workspace", match[1].rstrip("/")) if match else None
         if path is None or not path.exists():
             raise Refused(400, "BadArgument", f"nothing was uploaded for model {model_id!r}")
         return path

@@ -133,9 +133,9 @@ class ResourceManager:
         kind, name, _, version = request.path_params["original"][-5:-1]
         container = f"{self.url}/storage/{ACCOUNT}/{kind}-{name}-{version}".lower()
         credential = {"credentialType": "SAS", "sasUri": container + "?sv=2025-01-05&sig=local"}
-        place = {"blobUri": container, "storageAccountArmId": "", "credential": credential}
+        blob = {"blobUri": container, "storageAccountArmId": "", "credential": credential}
         upload = {"pendingUploadId": "local", "pendingUploadType": "TemporaryBlobReference"}
-        return JSONResponse(upload | {"blobReferenceForConsumption": place})
+        return JSONResponse(upload | {"blobReferenceForConsumption": blob})
 
     async def put_asset(self, request: Request) -> Response:
         defaults: dict[str, Any] = (
@@ -166,9 +166,9 @@ class ResourceManager:
         return JSONResponse({"value": children})
 
     def _find(self, id_: str) -> Resource:
-        if (found := self.resources.get(id_.lower())) is None:
+        if (resource := self.resources.get(id_.lower())) is None:
             raise Refused(404, "ResourceNotFound", f"The Resource {id_.partition('/workspaces/')[2]!r} was not found.")
-        return found
+        return resource
 
     def _children(self, collection: str) -> list[Resource]:
         prefix = collection.lower() + "/"
@@ -243,11 +243,11 @@ class ResourceManager:
         return self._accepted(None, 202, self.online.delete_deployment(endpoint, name))
 
     async def get_logs(self, request: Request) -> Response:
-        wanted = await request.json()
+        body = await request.json()
         self._find(_id(request).rpartition("/")[0])
-        if wanted.get("containerType") == "StorageInitializer":
+        if body.get("containerType") == "StorageInitializer":
             return JSONResponse({"content": "the emulator has no storage initializer: files are simply there"})
-        lines = int(wanted.get("tail") or 500)
+        lines = int(body.get("tail") or 500)
         return JSONResponse({"content": self.online.log(_name(request, -4), _name(request, -2), lines)})
 
     # Templates -------------------------------------------------------------------------------------------------------
@@ -255,9 +255,9 @@ class ResourceManager:
     async def put_template(self, request: Request) -> Response:
         """Check a template's parameters as the resource manager does, and keep it. Nothing in it is carried out."""
         properties = (await request.json())["properties"]
-        known, given = properties["template"].get("parameters", {}), properties.get("parameters", {})
-        missing = [name for name, p in known.items() if "defaultValue" not in p and name not in given]
-        if wrong := sorted({*missing, *(given.keys() - known.keys())}):
+        declared, given = properties["template"].get("parameters", {}), properties.get("parameters", {})
+        missing = [name for name, p in declared.items() if "defaultValue" not in p and name not in given]
+        if wrong := sorted({*missing, *(given.keys() - declared.keys())}):
             raise Refused(400, "InvalidTemplate", f"parameters that are missing or not in the template: {wrong}")
         resource = _resource(request, properties | {"provisioningState": "Succeeded"})
         self.resources[resource["id"].lower()] = resource
@@ -342,9 +342,9 @@ def _id(request: Request) -> str:
     return id_
 
 
-def _name(request: Request, place: int = -1) -> str:
+def _name(request: Request, position: int = -1) -> str:
     """Return a part of the path as the caller wrote it; -1 is the last one."""
-    name: str = request.path_params["original"][place]
+    name: str = request.path_params["original"][position]
     return name
 
 

@@ -91,13 +91,13 @@ def _seconds(duration: str | None, default: float) -> float:
     return float(isodate.parse_duration(duration).total_seconds()) if duration else default
 
 
-def _probe(found: dict[str, Any] | None) -> Probe:
-    found = found or {}
+def _probe(settings: dict[str, Any] | None) -> Probe:
+    settings = settings or {}
     defaults = Probe()
     return Probe(
-        _seconds(found.get("initialDelay"), defaults.initial_delay_s),
-        _seconds(found.get("period"), defaults.period_s),
-        _seconds(found.get("timeout"), defaults.timeout_s),
-        int(found.get("successThreshold") or defaults.success_threshold),
-        int(found.get("failureThreshold") or defaults.failure_threshold),
+        _seconds(settings.get("initialDelay"), defaults.initial_delay_s),
+        _seconds(settings.get("period"), defaults.period_s),
+        _seconds(settings.get("timeout"), defaults.timeout_s),
+        int(settings.get("successThreshold") or defaults.success_threshold),
+        int(settings.get("failureThreshold") or defaults.failure_threshold),
     )

@@ -71,8 +71,8 @@ class Storage:
             return Response(status_code=202, headers=_headers())
         metadata = {f"x-ms-meta-{key}": value for key, value in self._metadata(container, name).items()}
         headers = _headers() | metadata | {"x-ms-blob-type": "BlockBlob"}
-        if (wanted := request.headers.get("x-ms-range")) and request.method == "GET":
-            return _part(path, wanted, headers)
+        if (byte_range := request.headers.get("x-ms-range")) and request.method == "GET":
+            return _part(path, byte_range, headers)
         return FileResponse(path, headers=headers)
 
     async def _put(self, request: Request, container: str, name: str, path: Path) -> Response:
@@ -102,8 +102,8 @@ class Storage:
 
     def _metadata(self, container: str, name: str) -> dict[str, str]:
         path = _inside(self.metadata_root / container, name + ".json")
-        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return found
+        metadata: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return metadata
 
     def _set_metadata(self, container: str, name: str, request: Request) -> None:
         prefix = "x-ms-meta-"
@@ -125,10 +125,10 @@ def _headers(error: str = "") -> dict[str, str]:
     return headers | ({"x-ms-error-code": error} if error else {})
 
 
-def _part(path: Path, wanted: str, headers: dict[str, str]) -> Response:
+def _part(path: Path, byte_range: str, headers: dict[str, str]) -> Response:
     """Return the bytes that an `x-ms-range: bytes=a-b` names; the SDK downloads in such pieces."""
     size = path.stat().st_size
-    first, _, last = wanted.removeprefix("bytes=").partition("-")
+    first, _, last = byte_range.removeprefix("bytes=").partition("-")
     start, end = int(first), min(int(last or size - 1), size - 1)
     if start > end:
         return Response(status_code=416, headers=_headers("InvalidRange"))
