@@ -438,7 +438,7 @@ def test_files_in_a_folder_that_are_something_else_are_left_alone_and_said(
     (tmp_path / "endpoint.yml").write_text(ONLINE_ENDPOINT)
     assert cli.main(["check", "--no-sdk", str(tmp_path)]) == 0
     assert capsys.readouterr().out == (
-        f"{tmp_path}/compose.yml: left alone, nothing says what this file describes\n2 files checked, nothing wrong\n"
+        f"{tmp_path}/compose.yml: skipped, the kind of this file is unclear\n2 files checked, nothing wrong\n"
     )
     assert cli.main(["check", "--no-sdk", str(tmp_path / "compose.yml")]) == 1
 
@@ -468,12 +468,12 @@ def test_a_problem_says_place_rule_what_and_fix(folder: Path) -> None:
             path,
             18,
             "setting-unknown",
-            "MPT_DTPYE is not a setting, and the server would not start",
+            "MPT_DTPYE is not a setting; the server would not start",
             "did you mean MPT_DTYPE?",
         )
     ]
     assert str(check_file(path)[0]) == (
-        f"{path}:18: setting-unknown: MPT_DTPYE is not a setting, and the server would not start. "
+        f"{path}:18: setting-unknown: MPT_DTPYE is not a setting; the server would not start. "
         "Fix: did you mean MPT_DTYPE?"
     )
 
@@ -486,7 +486,7 @@ def test_no_value_anywhere_makes_a_rule_fail(folder: Path, name: str) -> None:
     """Whatever stands in a place, or when the place is missing, the rules speak of it or are silent."""
     document = read_document(folder / name)
     kind = str(document.kind)
-    for pointer in [p for p in document.places if p]:
+    for pointer in [p for p in document.locations if p]:
         *above, key = pointer
         for odd in [*ODD, "gone"]:
             value = copy.deepcopy(document.value)

@@ -42,7 +42,7 @@ def test_a_folder_is_scored_and_its_failures_told(tmp_path: Path, capsys: pytest
     write(tmp_path / "in" / "bad.csv", "nothing\nhere\n")
     assert batch(tmp_path / "in", tmp_path / "out") == 1
     said = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("{")]
-    assert (said[0], said[-1]) == ("2 of 3 files had been scored before and were left as they are", "failed: bad.csv")
+    assert (said[0], said[-1]) == ("2 of 3 files were skipped: their results are complete", "failed: bad.csv")
 
 
 def test_one_file_and_parquet_results(tmp_path: Path) -> None:

@@ -236,7 +236,7 @@ def test_start_up_says_how_weights_were_rounded() -> None:
         (b"Once upon a time", [], "calibration text {path} must have at least 2,048 tokens, got 4 (16 characters)"),
         (b"caf\xe9", [], "calibration text {path} must be UTF-8; byte 3 is not"),
         (b"x", ["--calibration-tokens", "100"], "`--calibration-tokens` must be at least 2,048, got 100"),
-        (b"x", ["--quant", "int8"], "`--calibrate` is for 4-bit weights; 8 bits lose too little for it to matter"),
+        (b"x", ["--quant", "int8"], "`--calibrate` is for 4-bit weights; 8-bit weights lose too little to need it"),
     ],
 )
 def test_text_that_cannot_serve_is_refused_with_its_sizes(

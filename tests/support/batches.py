@@ -1,4 +1,4 @@
-"""What the batch tests share: jobs on the embedded model, files to score, results read back."""
+"""Support for batch tests: jobs on the embedded model, input files, reading of results."""
 
 import gzip
 import json
@@ -49,13 +49,13 @@ def results(out: Path, name: str) -> list[dict[str, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        found: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-        return found
+        records: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
+        return records
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def places(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Return row, line and what is wrong with each record: its code and field, None when nothing is."""
+    """Return (row, line, error) of each record; error: (code, field), or None."""
     return [
         (r["row"], r["line"], None if r["error"] is None else (r["error"]["code"], r["error"]["field"]))
         for r in records

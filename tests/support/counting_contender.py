@@ -1,11 +1,11 @@
-"""A contender of the benchmarks that counts on from the last token of every prompt, and imports nothing to do so."""
+"""A benchmark contender without imports: it counts up from the last token of each prompt."""
 
 from pathlib import Path
 from typing import Any
 
 
 def by_counting(folder: Path, dtype: str, greedy: bool) -> Any:
-    """dtype: "noisy" prints while it loads and generates; "short" forgets a token; "broken" does not load."""
+    """dtype: "noisy" prints while it loads and generates; "short" omits a token; "broken" fails to load."""
     if dtype == "broken":
         raise ValueError("cannot load")
     if dtype == "noisy":
@@ -14,11 +14,11 @@ def by_counting(folder: Path, dtype: str, greedy: bool) -> Any:
     def generate(prompts: list[list[int]], n_new: int, _: bool, on_token: Any) -> list[list[int]]:
         if dtype == "noisy":
             print("{}")
-        found: list[list[int]] = [[] for _ in prompts]
+        outputs: list[list[int]] = [[] for _ in prompts]
         for i in range(1, n_new + (dtype != "short")):
             for row, prompt in enumerate(prompts):
-                found[row].append(prompt[-1] + i)
+                outputs[row].append(prompt[-1] + i)
                 on_token(row)
-        return found
+        return outputs
 
     return generate

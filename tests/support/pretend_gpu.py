@@ -1,9 +1,9 @@
-"""A GPU that is none: tensors which say that they are on "cuda" while their numbers are in a CPU's memory.
+"""A simulated GPU: tensors report the device "cuda" while their data is in CPU memory.
 
-It stops at what a real one stops at and CPU tensors let pass: operations across two devices, and while a graph is
-captured whatever waits for the device or copies to or from the CPU. A captured graph is replayed from the memory and
-the Python numbers that it was captured with. Triton kernels run in the interpreter, on GPU tensors only. Not checked:
-speed, and in which order streams do things.
+It fails where a real GPU fails and CPU tensors do not: for operations across two devices and, during graph capture,
+for everything that waits for the device or copies to or from the CPU. A captured graph is replayed with the memory
+and the Python numbers of its capture. Triton kernels run in the interpreter, on GPU tensors only. It simulates
+neither speed nor the order of streams.
 """
 
 import operator
@@ -28,7 +28,7 @@ _GPU = torch.device("cuda", 0)
 
 
 class GpuTensor(Tensor):
-    """on_cpu: what holds the numbers; views share its storage."""
+    """A tensor on the simulated GPU. on_cpu: holds the data; views share its storage."""
 
     on_cpu: Tensor
 
@@ -71,11 +71,11 @@ _OURS = {
     Tensor.nonzero: _aten.nonzero.default,
     Tensor.__invert__: _aten.bitwise_not.default,
 }
-"""What asks for the CUDA that PyTorch was built with before it comes to the tensors."""
+"""Operations for which PyTorch initializes CUDA before it dispatches on the tensors."""
 
 
 class _Everywhere(TorchDispatchMode):
-    """Takes part in operations that have no tensor to start from."""
+    """Intercepts operations without tensor arguments."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -87,15 +87,15 @@ class Graph:
     def __init__(self) -> None:
         self._steps: list[Callable[[], None]] = []
 
-    def operation(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
-        kept = tree_leaves(found)
+    def operation(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        captured_tensors = tree_leaves(result)
 
-        def again() -> None:
-            for old, new in zip(kept, tree_leaves(func(*args, **kwargs)), strict=True):
+        def replay() -> None:
+            for old, new in zip(captured_tensors, tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
-        self._steps.append(again)
+        self._steps.append(replay)
 
     def kernel(self, launch: Callable[[], None]) -> None:
         self._steps.append(launch)
@@ -108,7 +108,7 @@ class Graph:
 
 
 class _State:
-    """What the device is doing. unpinned: copies so far of a CPU's ordinary memory, which wait for the device."""
+    """The state of the device. unpinned: number of copies from pageable CPU memory, which wait for the device."""
 
     def __init__(self) -> None:
         self.graph: Graph | None = None
@@ -124,27 +124,27 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Compute one operation on the CPU, by the GPU's rules."""
+    """Run one operation on the CPU, with the checks of a GPU."""
     args, kwargs = tree_map(lambda x: _GPU if isinstance(x, torch.device) and x.type == "cuda" else x, (args, kwargs))
-    if func not in _INDEXING:  # in inference mode even operations made of others come here
+    if func not in _INDEXING:  # in inference mode, composite operations arrive here too
         with _Everywhere():
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
             return parts
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    here = [x for x in tensors if isinstance(x, GpuTensor)]
-    there = [x for x in tensors if not isinstance(x, GpuTensor)]
-    on_gpu, copies = bool(here), False
+    gpu_tensors = [x for x in tensors if isinstance(x, GpuTensor)]
+    cpu_tensors = [x for x in tensors if not isinstance(x, GpuTensor)]
+    on_gpu, copies = bool(gpu_tensors), False
     if func is _aten._to_copy.default:
         on_gpu = _is_cuda(kwargs["device"]) if kwargs.get("device") is not None else on_gpu
-        copies = on_gpu != bool(here)
+        copies = on_gpu != bool(gpu_tensors)
     elif func is _aten.copy_.default:
-        on_gpu, copies = isinstance(args[0], GpuTensor), bool(here and there)
+        on_gpu, copies = isinstance(args[0], GpuTensor), bool(gpu_tensors and cpu_tensors)
     elif not tensors:
         on_gpu = _is_cuda(kwargs.get("device"))
-    elif here:
-        far = [tuple(x.shape) for x in there if x.dim() > 0]
-        assert not far, f"{func}: {far} are on the CPU, the others on the GPU"
+    elif gpu_tensors:
+        cpu_shapes = [tuple(x.shape) for x in cpu_tensors if x.dim() > 0]
+        assert not cpu_shapes, f"{func}: {cpu_shapes} are on the CPU, the others on the GPU"
         assert not _is_cpu(kwargs.get("device")), f"{func} goes from the GPU to the CPU"
     else:
         assert not _is_cuda(kwargs.get("device")), f"{func} goes from the CPU to the GPU"
@@ -154,26 +154,28 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         STATE.unpinned += sum(isinstance(x, list) for x in index)
     if copies:
-        STATE.unpinned += sum(_address(x) not in STATE.pinned for x in there)
+        STATE.unpinned += sum(_address(x) not in STATE.pinned for x in cpu_tensors)
     inner_args, inner_kwargs = tree_map(_inner, (args, kwargs))
     if "device" in inner_kwargs:
         inner_kwargs["device"] = None if tensors and func is not _aten._to_copy.default else torch.device("cpu")
     is_pinned = inner_kwargs.pop("pin_memory", None)
     if func is _aten._to_copy.default and copies:
         inner_kwargs.pop("non_blocking", None)
-        found = func(*inner_args, **inner_kwargs)
-        if found.data_ptr() == inner_args[0].data_ptr():
-            found = found.clone()
+        result = func(*inner_args, **inner_kwargs)
+        if result.data_ptr() == inner_args[0].data_ptr():
+            result = result.clone()
     else:
-        found = func(*inner_args, **inner_kwargs)
+        result = func(*inner_args, **inner_kwargs)
     if STATE.graph is not None and on_gpu:
-        STATE.graph.operation(func, inner_args, inner_kwargs, found)
+        STATE.graph.operation(func, inner_args, inner_kwargs, result)
     if not on_gpu:
         if is_pinned:
-            _pin(found)
-        return found
-    same = {id(x.on_cpu): x for x in here}
-    return tree_map(lambda x: (same[id(x)] if id(x) in same else GpuTensor(x)) if isinstance(x, Tensor) else x, found)
+            _pin(result)
+        return result
+    wrappers = {id(x.on_cpu): x for x in gpu_tensors}
+    return tree_map(
+        lambda x: (wrappers[id(x)] if id(x) in wrappers else GpuTensor(x)) if isinstance(x, Tensor) else x, result
+    )
 
 
 def _is_cpu(device: Any) -> bool:
@@ -215,7 +217,7 @@ def _synchronize(*_: Any) -> None:
 
 @contextmanager
 def pretend_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[_State]:
-    """Let there be a GPU, for this thread and those that it starts."""
+    """Simulate a GPU for this thread and the threads that it starts."""
     STATE.__init__()  # type: ignore[misc]
     run_thread, run_kernel = threading.Thread.run, InterpretedFunction.run
 

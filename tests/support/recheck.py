@@ -1,12 +1,12 @@
-"""Whether answers that the OpenAI server gave under a mixed load are the answers that it gives alone.
+"""Checks that the OpenAI server gives the same answers under a mixed load as for each request alone.
 
     python tests/support/recheck.py --minutes 10 --json rechecks.jsonl
 
-A server on the embedded model, with room for few sequences, is asked by many clients at once: completions, chats and
-/score, whole and streamed, some of whose callers hang up, beside processes that take its cores. All requests are
-seeded. Each answer that did not end for a reason of time is asked for again: one half of the same server when it is
-idle, the other of one that computes one sequence at a time and has nothing in its cache. What differs is printed, with
-the words of the prompts, which are made up.
+Many clients send requests to a server with the embedded model and memory for few sequences: completions, chats and
+/score, complete and streamed. Some callers disconnect, and other processes use the cores. All requests have seeds.
+Every request whose answer did not depend on time is repeated: one half on the same server when it is idle, the other
+half on a server that computes one sequence at a time, with an empty cache. Differences are printed, with the (random)
+prompts.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from openai_process import OpenAIServer
 from serving import Stream, metrics, post
 
 TIMED = ("cancelled", "deadline")
-"""Reasons of an end that depend on time; such answers are not compared."""
+"""Finish reasons that depend on time; such answers are not compared."""
 
 TIGHT = {"MPT_MAX_ROWS": "6", "MPT_KV_CACHE_GB": "0.03", "MPT_PREFILL_TOKENS": "256", "MPT_LOG_LEVEL": "WARNING"}
-"""Six rows of up to 2,048 tokens, with memory for 1,800 in all."""
+"""Six rows of up to 2,048 tokens, with memory for 1,800 in total."""
 
 LONE = {"MPT_MAX_ROWS": "1", "MPT_CPU_THREADS": "1", "MPT_LOG_LEVEL": "WARNING"}
 
@@ -46,7 +46,7 @@ WORDS = [
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. hang_up_after: events of its stream after which the caller goes away."""
+    """One request. hang_up_after: number of stream events after which the caller disconnects."""
 
     number: int
     path: str
@@ -61,10 +61,10 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What does not depend on time of an answer, and what may tell why it was another one.
+    """The parts of an answer that do not depend on time, and data that may explain a difference.
 
-    choices: of each sequence its text, why it ended, its seed and its log probabilities.  seconds: started, ended, on
-    the monotonic clock.  reused: prompt tokens that were not computed, where the answer says so.  problem: why there
+    choices: per sequence its text, finish reason, seed and log probabilities.  seconds: start and end, on the
+    monotonic clock.  reused: prompt tokens that were not computed, where the answer says so.  problem: why there
     is no answer at all.
     """
 
@@ -81,14 +81,14 @@ class Answer:
 
 @dataclass
 class Found:
-    """How many answers were compared and of what kind, and the differences in words."""
+    """Counts of compared answers by kind, and the differences as text."""
 
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
 
 
 def asks(seed: int) -> Iterator[Ask]:
-    """Yield requests without end, always the same ones for one seed."""
+    """Yield an endless sequence of requests, determined by the seed."""
     lot = random.Random(seed)
     stems = [lot.choices(WORDS, k=700) for _ in range(4)]
     number = 0
@@ -98,14 +98,17 @@ def asks(seed: int) -> Iterator[Ask]:
 
 
 def _ask(lot: random.Random, stems: list[list[str]], number: int) -> Ask:
-    shared, own = lot.choice((0, 0, 40, 90, 200, 350, 600)), lot.choice((1, 3, 10, 40))
-    text = " ".join(lot.choice(stems)[:shared] + lot.choices(WORDS, k=own))
+    n_shared, n_own = lot.choice((0, 0, 40, 90, 200, 350, 600)), lot.choice((1, 3, 10, 40))
+    text = " ".join(lot.choice(stems)[:n_shared] + lot.choices(WORDS, k=n_own))
     n_new, n = lot.choice((1, 4, 16, 16, 32, 60, 110)), lot.choice((1, 1, 1, 1, 2, 4))
     stream = lot.random() < 0.4
     hang_up_after = lot.randrange(1, 12) if stream and lot.random() < 0.2 else None
     stop = lot.choice((None, None, None, [" the", "\n"], [". "]))
-    drawn: dict[str, Any] = {"temperature": lot.choice((0.0, 0.5, 0.8, 1.0, 1.0, 1.4)), "seed": lot.getrandbits(32)}
-    drawn |= lot.choice(
+    parameters: dict[str, Any] = {
+        "temperature": lot.choice((0.0, 0.5, 0.8, 1.0, 1.0, 1.4)),
+        "seed": lot.getrandbits(32),
+    }
+    parameters |= lot.choice(
         (
             {"top_p": 1.0},
             {"top_p": 1.0},
@@ -115,7 +118,7 @@ def _ask(lot: random.Random, stems: list[list[str]], number: int) -> Ask:
             {"top_p": 0.9, "top_k": 50, "min_p": 0.01},
         )
     )
-    drawn |= lot.choice(
+    parameters |= lot.choice(
         (
             {},
             {},
@@ -126,24 +129,24 @@ def _ask(lot: random.Random, stems: list[list[str]], number: int) -> Ask:
     )
     path = lot.choice(("/v1/completions", "/v1/completions", "/v1/chat/completions", "/score"))
     if path == "/score":
-        if drawn["temperature"] == 0:
-            drawn |= {"do_sample": False, "temperature": 1.0}
-        drawn |= {"max_new_tokens": n_new, "num_return_sequences": n, "details": True, "stream": stream}
-        drawn |= lot.choice(({}, {"logprobs": 2}))
-        drawn |= {} if stop is None else {"stop": stop}
-        body: dict[str, Any] = {"input_data": {"input_string": [text], "parameters": drawn}}
+        if parameters["temperature"] == 0:
+            parameters |= {"do_sample": False, "temperature": 1.0}
+        parameters |= {"max_new_tokens": n_new, "num_return_sequences": n, "details": True, "stream": stream}
+        parameters |= lot.choice(({}, {"logprobs": 2}))
+        parameters |= {} if stop is None else {"stop": stop}
+        body: dict[str, Any] = {"input_data": {"input_string": [text], "parameters": parameters}}
         return Ask(number, path, body, hang_up_after)
-    drawn |= {"max_tokens": n_new, "n": n, "stream": stream} | ({} if stop is None else {"stop": stop})
+    parameters |= {"max_tokens": n_new, "n": n, "stream": stream} | ({} if stop is None else {"stop": stop})
     if path == "/v1/completions":
-        given: Any = text if lot.random() < 0.7 else [lot.randrange(2, 8000) for _ in range(shared + own)]
-        return Ask(number, path, drawn | {"prompt": given} | lot.choice(({}, {"logprobs": 3})), hang_up_after)
+        prompt: Any = text if lot.random() < 0.7 else [lot.randrange(2, 8000) for _ in range(n_shared + n_own)]
+        return Ask(number, path, parameters | {"prompt": prompt} | lot.choice(({}, {"logprobs": 3})), hang_up_after)
     messages = [{"role": "system", "content": "Answer like a tale."}, {"role": "user", "content": text}]
     more = lot.choice(({}, {"logprobs": True, "top_logprobs": 2}))
-    return Ask(number, path, drawn | {"messages": messages} | more, hang_up_after)
+    return Ask(number, path, parameters | {"messages": messages} | more, hang_up_after)
 
 
 def ask(port: int, asked: Ask, whole: bool = False) -> Answer:
-    """Return the answer to a request; one whose caller hung up has no choices.  whole: nobody hangs up."""
+    """Return the answer to a request, without choices if the caller disconnected.  whole: never disconnect."""
     started = time.monotonic()
     if not asked.streamed:
         reply = post(port, asked.body, path=asked.path)
@@ -194,12 +197,12 @@ def _of_score(body: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the choices of a stream in OpenAI's chunks."""
-    found: dict[int, dict[str, Any]] = {}
+    choices: dict[int, dict[str, Any]] = {}
     for chunk in chunks:
         if "error" in chunk:
             return []
         for choice in chunk["choices"]:
-            so_far = found.setdefault(choice["index"], _choice("", None, None, None))
+            so_far = choices.setdefault(choice["index"], _choice("", None, None, None))
             so_far["text"] += choice["delta"].get("content", "") if "delta" in choice else choice["text"]
             for name, values in (choice["logprobs"] or {}).items():
                 if values:
@@ -207,7 +210,7 @@ def _joined(chunks: list[dict[str, Any]]) -> list[dict[str, Any]]:
                     so_far["logprobs"].setdefault(name, []).extend(values)
             if choice["finish_reason"] is not None:
                 so_far |= {"reason": choice["stop_reason"], "seed": choice["details"]["seed"]}
-    return [found[i] for i in sorted(found)]
+    return [choices[i] for i in sorted(choices)]
 
 
 def _joined_score(events: list[tuple[str, Any]]) -> list[dict[str, Any]]:
@@ -230,7 +233,7 @@ def _choice(text: str, reason: str | None, seed: int | None, logprobs: Any) -> d
 
 @contextmanager
 def busy(n: int) -> Iterator[None]:
-    """Let `n` processes compute meanwhile, half of the time each: steps then flip between one thread and all."""
+    """Run `n` processes that compute half of the time, so that steps alternate between one thread and all."""
     endless = "import time\nwhile True:\n t = time.time() + 0.7\n while time.time() < t: pass\n time.sleep(0.5)"
     processes = [subprocess.Popen([sys.executable, "-c", endless]) for _ in range(n)]
     try:
@@ -248,7 +251,7 @@ def under_load(port: int, asked: list[Ask], n_clients: int, n_busy: int) -> list
 
 
 def patiently(port: int, asked: Ask, whole: bool = False) -> Answer:
-    """Return what `ask` does; also where no answer comes."""
+    """As `ask`, but return an Answer with `problem` if the connection fails."""
     started = time.monotonic()
     try:
         return ask(port, asked, whole)
@@ -257,9 +260,9 @@ def patiently(port: int, asked: Ask, whole: bool = False) -> Answer:
 
 
 def recheck(
-    port: int, lone_port: int, asked: list[Ask], answers: list[Answer], found: Found, out: TextIO | None
+    port: int, lone_port: int, asked: list[Ask], answers: list[Answer], report: Found, out: TextIO | None
 ) -> None:
-    """Ask for each complete answer again, alone, of one of both servers, and note what differs."""
+    """Repeat the request of each complete answer, alone, on one of both servers; record the differences."""
 
     def of_one(lone: bool) -> dict[int, Answer]:
         mine = (a for a, answer in zip(asked, answers, strict=True) if answer.complete and (a.number % 2 == 0) == lone)
@@ -269,30 +272,30 @@ def recheck(
         again = dict(item for half in both.map(of_one, (False, True)) for item in half.items())
     for a, answer in zip(asked, answers, strict=True):
         record: dict[str, Any] = {"ask": dataclasses.asdict(a), "answer": dataclasses.asdict(answer)}
-        found.counts[f"status {answer.status} {answer.problem}".strip()] += 1
-        found.counts.update(c["reason"] for c in answer.choices)
+        report.counts[f"status {answer.status} {answer.problem}".strip()] += 1
+        report.counts.update(c["reason"] for c in answer.choices)
         if (other := again.get(a.number)) is not None and not other.complete:
-            found.counts[f"not answered again: status {other.status} {other.problem}".strip()] += 1
+            report.counts[f"not answered again: status {other.status} {other.problem}".strip()] += 1
         elif other is not None:
             if other.choices != answer.choices:
-                found.differences.append(_difference(a, answer, other))
+                report.differences.append(_difference(a, answer, other))
                 record["again"] = dataclasses.asdict(other)
-            found.counts["compared"] += 1
-            found.counts["sequences"] += len(other.choices)
-            found.counts["streamed"] += a.streamed
-            found.counts["reused"] += bool(answer.reused)
+            report.counts["compared"] += 1
+            report.counts["sequences"] += len(other.choices)
+            report.counts["streamed"] += a.streamed
+            report.counts["reused"] += bool(answer.reused)
         if out is not None:
             print(json.dumps(record), file=out, flush=True)
 
 
 def _alone(port: int, a: Ask, lone: bool) -> Answer:
-    if lone:  # takes the only slot, so that nothing is remembered
+    if lone:  # takes the only slot, so that no prefix is reused
         patiently(port, Ask(-1, "/v1/completions", {"prompt": [1], "max_tokens": 1}))
     return patiently(port, a, whole=True)
 
 
 def _difference(a: Ask, answer: Answer, again: Answer) -> str:
-    """Return where two answers to a request part, in words."""
+    """Return as text where two answers to a request differ."""
     parts = [
         f"{a.path} number {a.number} from {answer.seconds[0]:.3f} to {answer.seconds[1]:.3f}: {json.dumps(a.body)}"
     ]
@@ -309,7 +312,7 @@ def _difference(a: Ask, answer: Answer, again: Answer) -> str:
 
 
 def reached(port: int) -> dict[str, float]:
-    """Return what the load made of a server so far."""
+    """Return the server's counters of preemptions and tokens."""
     names = (
         "mpt_preemptions_total",
         "mpt_reused_tokens_total",
@@ -322,18 +325,18 @@ def reached(port: int) -> dict[str, float]:
 def drive(
     minutes: float, seed: int, n_clients: int, n_busy: int, environ: Mapping[str, str], out: TextIO | None = None
 ) -> tuple[Found, dict[str, float]]:
-    """Load and recheck for a while, in rounds; return what was found, and what the load made of the server."""
-    found, ends, endless = Found(), time.monotonic() + 60 * minutes, asks(seed)
+    """Load and recheck in rounds for `minutes`; return the comparison and the server's counters."""
+    report, ends, endless = Found(), time.monotonic() + 60 * minutes, asks(seed)
     with OpenAIServer(TIGHT | dict(environ)) as openai_server, OpenAIServer(LONE) as lone:
         while True:
             asked = [next(endless) for _ in range(4 * n_clients)]
-            known = len(found.differences)
+            known = len(report.differences)
             answers = under_load(openai_server.port, asked, n_clients, n_busy)
-            recheck(openai_server.port, lone.port, asked, answers, found, out)
-            for difference in found.differences[known:]:
+            recheck(openai_server.port, lone.port, asked, answers, report, out)
+            for difference in report.differences[known:]:
                 print(difference, flush=True)
             if time.monotonic() >= ends:
-                return found, reached(openai_server.port)
+                return report, reached(openai_server.port)
 
 
 def main() -> int:
@@ -347,10 +350,10 @@ def main() -> int:
     args = parser.parse_args()
     environ = dict(setting.split("=", 1) for setting in args.settings)
     with args.json.open("a", encoding="utf-8") if args.json else nullcontext() as out:
-        found, server = drive(args.minutes, args.seed, args.clients, args.busy, environ, out)
-    print(dict(found.counts), server)
-    print(len(found.differences), "differences")
-    return 1 if found.differences else 0
+        report, server = drive(args.minutes, args.seed, args.clients, args.busy, environ, out)
+    print(dict(report.counts), server)
+    print(len(report.differences), "differences")
+    return 1 if report.differences else 0
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def test_a_mirror_is_fetched_once_without_its_code_and_continues_the_prompt(hub:
 
 def test_mosaicmls_own_names_are_told_that_they_are_gone(hub: Hub, tmp_path: Path) -> None:
     done = generate(hub, tmp_path, "--model", "mosaicml/mpt-7b")
-    assert "(MosaicML's own models left the hub: name a mirror)" in done.stderr
+    assert "(MosaicML's own models are no longer on the hub: use a mirror)" in done.stderr
 
 
 @pytest.mark.parametrize(("name", "offline"), [("nobody/nothing", "0"), ("someone/mpt", "1")])
@@ -116,7 +116,7 @@ def test_what_is_not_there_is_one_line_that_says_so(hub: Hub, tmp_path: Path, na
     done = generate(hub, tmp_path, "--model", name, HF_HUB_OFFLINE=offline)
     assert done.returncode == 1
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"mptserve: '{name}' is no folder here, and the hub gave no checkpoint of that name: ")
+    assert line.startswith(f"mptserve: '{name}' is not a local folder, and its download from the hub failed: ")
 
 
 def test_a_model_without_weights_says_so(hub: Hub, tmp_path: Path) -> None:

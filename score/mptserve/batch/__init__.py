@@ -1,4 +1,4 @@
-"""Scoring of whole files: rows in, the same engine as online, one file of results for each file of input.
+"""Batch scoring: reads files of rows, generates with the same engine as online, writes one result file per input file.
 
-files → readers → rows → (service) → flow → results, summary.  job.py shows the way of a mini-batch on one screen.
+files → readers → rows → (service) → pipeline → results, summary.  job.py runs a mini-batch through all of them.
 """

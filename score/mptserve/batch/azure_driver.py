@@ -1,4 +1,4 @@
-"""What Azure's parallel driver needs to know of a batch job, and how processes on one node share its GPUs."""
+"""Starts a batch job in a process of Azure's parallel driver, and reports its files as the driver counts them."""
 
 import argparse
 import dataclasses
@@ -14,24 +14,24 @@ from mptserve.settings import read_settings
 
 log = logging.getLogger(__name__)
 
-TOLD = ("file", "results", "rows", "failed_rows", "prompt_tokens", "generated_tokens")
+REPORTED_FIELDS = ("file", "results", "rows", "failed_rows", "prompt_tokens", "generated_tokens")
 
 
 def start(arguments: list[str]) -> BatchJob:
-    """Return the job of this process; raises StartupError's children.
+    """Return this process's job. Raises subclasses of StartupError.
 
-    arguments: the process's; `--model-dir` and `--output-dir` stand above the variables that a batch endpoint sets, for
-    jobs without an endpoint. The driver adds some of its own, which are not ours to read.
+    arguments: the process's arguments. `--model-dir` and `--output-dir` override the variables that a batch endpoint
+    sets; pipeline jobs, which have no endpoint, use them. The driver's own arguments are ignored.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--model-dir")
     parser.add_argument("--output-dir")
-    given, _ = parser.parse_known_args(arguments)
+    options, _ = parser.parse_known_args(arguments)
     settings = read_settings()
     settings = dataclasses.replace(
         settings,
-        model_dir=given.model_dir or settings.model_dir,
-        batch_output_dir=given.output_dir or settings.batch_output_dir,
+        model_dir=options.model_dir or settings.model_dir,
+        batch_output_dir=options.output_dir or settings.batch_output_dir,
     )
     set_up_logging(settings.log_level)
     if settings.device != "cpu":
@@ -40,10 +40,12 @@ def start(arguments: list[str]) -> BatchJob:
 
 
 def succeeded(files: list[dict[str, Any]]) -> list[str]:
-    """Return a line of JSON for each file that succeeded: the driver counts a file too few as a failed one."""
-    return [json.dumps({name: f[name] for name in TOLD}, ensure_ascii=False) for f in files if not f["failed"]]
+    """Return one JSON line per file that succeeded. The driver counts missing lines as failed files."""
+    return [
+        json.dumps({name: f[name] for name in REPORTED_FIELDS}, ensure_ascii=False) for f in files if not f["failed"]
+    ]
 
 
 def _exit(reason: str) -> None:
-    """End the process: the driver starts another and tries the mini-batch again."""
-    exit_soon(reason, delay_s=2.0)  # run() raises meanwhile, and the driver may log why
+    """End the process. The driver starts another one and retries the mini-batch."""
+    exit_soon(reason, delay_s=2.0)  # time for run() to raise and for the driver to log the reason

@@ -1,4 +1,4 @@
-"""Input files: what a name says, where the results go, bytes in bounded pieces whatever the file holds."""
+"""Input files: format by name, name in the results, and reading in bounded memory."""
 
 import gzip
 import hashlib
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from mptserve.errors import BadFile
 
@@ -18,14 +18,14 @@ BROKEN_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file to score. `name`: its path below the input folder, with slashes; what the results call it."""
+    """A file to score. `name`: its path below the input folder, with slashes; the results use this name."""
 
     path: Path
     name: str
 
     @property
     def format(self) -> str:
-        """Return the suffix that decides how it is read; raises BadFile when no reader knows it."""
+        """Return the suffix that selects the reader; raises BadFile for an unknown one."""
         suffixes = [s.lower() for s in PurePosixPath(self.name).suffixes]
         if suffixes[-1:] == [".gz"] and suffixes[-2:] != [".parquet", ".gz"]:
             suffixes.pop()
@@ -37,10 +37,11 @@ class InputFile:
 
 
 def input_file(path: str | Path, root: Path | None = None) -> InputFile:
-    """Return the file with its name below `root`.
+    """Return the file, named by its path below `root`.
 
-    root None: Azure gives absolute paths below its mount of the job's input, a folder called INPUT_…, which has another
-    parent in every job. Elsewhere a digest of the folder keeps equal names of several folders apart.
+    root None: Azure passes absolute paths below the mounted input, a folder called INPUT_… whose parent differs in
+    every job; the name is the path below that folder. For other paths a digest of the folder is part of the name, which
+    keeps files of the same name in different folders apart.
     """
     path = Path(path).absolute()
     if root is not None and path.is_relative_to(root.absolute()) and path != root.absolute():
@@ -53,24 +54,24 @@ def input_file(path: str | Path, root: Path | None = None) -> InputFile:
 
 
 def _writable(name: str) -> str:
-    """Names on disk are bytes; those that are no UTF-8 could not be written into a result."""
+    """Return the name as valid UTF-8 with escapes: names on disk are bytes, and results are UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def digest(path: Path) -> str:
-    """Return a digest of the content: what decides whether results still belong to the file."""
-    found = hashlib.blake2b(digest_size=16)
+    """Return a digest of the content. Earlier results are kept only while it is the same."""
+    content_hash = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest()
+            content_hash.update(piece)
+    return content_hash.hexdigest()
 
 
 class Source:
-    """An open input file; a context manager. `line`: the number, from 1, of the line that was read last."""
+    """An open input file; a context manager. `line`: number, from 1, of the last line read."""
 
     def __init__(self, path: Path) -> None:
-        """Open it; raises BadFile when that is impossible."""
+        """Open the file; raises BadFile when that fails."""
         self.path, self.line = path, 0
         try:
             self.size = path.stat().st_size
@@ -92,13 +93,13 @@ class Source:
 
     @property
     def position(self) -> int:
-        """Return how many bytes of the file, compressed or not, were read."""
+        """Return how many bytes of the file were read; for gzip, compressed bytes."""
         return self.size if self._raw.closed else min(self._raw.tell(), self.size)
 
     def lines(self, limit: int) -> Iterator[bytes | None]:
-        """Yield lines without their ends; None for one of more than `limit` bytes, which is read past.
+        """Yield lines without line ends; None for a line longer than `limit` bytes, which is skipped.
 
-        Raises BadFile where the file is in UTF-16 or its compressed data break off.
+        Raises BadFile for UTF-16 and for truncated or damaged gzip data.
         """
         first = True
         while line := self.read(limit + 2, whole_line=True):
@@ -114,17 +115,32 @@ class Source:
             yield None
 
     def read(self, n: int, whole_line: bool = False) -> bytes:
-        """Return up to `n` bytes, or up to the end of the line; empty at the end of the file."""
+        """Return up to `n` bytes; whole_line: up to the end of the line. Empty at the end of the file."""
         try:
             return self.stream.readline(n) if whole_line else self.stream.read(n)
         except BROKEN_GZIP as exc:
             raise BadFile(
-                f"the gzip data are cut short or damaged after line {self.line}", code="truncated_file", line=self.line
+                f"the gzip data is truncated or damaged after line {self.line}", code="truncated_file", line=self.line
             ) from exc
         except OSError as exc:
             raise BadFile(f"reading failed: {exc.strerror}", code="unreadable_file", line=self.line) from exc
 
 
+def import_pyarrow() -> Any:
+    """Return pyarrow with `pyarrow.parquet` imported; raises BadFile when it is not installed.
+
+    Imported on first use: only parquet needs it.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as exc:
+        raise BadFile("parquet needs pyarrow: pip install 'mptserve[batch]'", code="missing_package") from exc
+    return pyarrow
+
+
 def refuse_utf16(start: bytes) -> None:
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BadFile("the file must be UTF-8; it starts with the mark of UTF-16", code="invalid_encoding", line=1)
+        raise BadFile(
+            "the file must be UTF-8; it starts with a UTF-16 byte order mark", code="invalid_encoding", line=1
+        )

@@ -1,4 +1,4 @@
-"""A GPU for each process of a node: the driver starts several and tells them nothing, so they agree on it."""
+"""Gives each process of a node its own GPU, by file locks: the driver starts several processes and assigns none."""
 
 import fcntl
 import logging
@@ -14,15 +14,16 @@ from mptserve.errors import DoesNotFit
 log = logging.getLogger(__name__)
 
 _held: list[IO[str]] = []
-"""The lock of our GPU: the system opens it when the process ends, however it ends."""
+"""The lock file of this process's GPU. The system releases the lock when the process ends, however it ends."""
 
 
 def take_a_gpu(n_gpus: int | None = None, folder: Path | None = None) -> int | None:
-    """Take a GPU that no other process of this machine took so, show torch no other, and return its number.
+    """Lock a GPU that no other process has locked, make it the only visible one, and return its number.
 
-    Call it before CUDA is used. None, and nothing done, with one GPU or none. Raises DoesNotFit when all are taken.
+    Call it before CUDA is initialized. With fewer than two GPUs it does nothing and returns None. Raises DoesNotFit
+    when all GPUs are locked.
     """
-    n_gpus = torch.cuda.device_count() if n_gpus is None else n_gpus  # asks the driver's library; CUDA stays asleep
+    n_gpus = torch.cuda.device_count() if n_gpus is None else n_gpus  # asks the driver; does not initialize CUDA
     if n_gpus < 2:
         return None
     folder = folder or Path(tempfile.gettempdir())

@@ -1,4 +1,4 @@
-"""A batch job in one process: a list of files to a list of what became of them. The entry scripts call nothing else."""
+"""A batch job in one process: scores a list of files and returns a summary of each. Entry scripts call only this."""
 
 import dataclasses
 import hashlib
@@ -26,7 +26,7 @@ NO_DEADLINE_MS = 86_400_000
 
 
 class BatchJob:
-    """A loaded model and an output folder. Files may come in any number of calls, from several processes."""
+    """A loaded model and an output folder. run() may be called many times, and by several processes at once."""
 
     def __init__(
         self,
@@ -35,9 +35,9 @@ class BatchJob:
         on_failure: Callable[[str], None] = lambda _: None,
         terminal: bool | None = None,
     ) -> None:
-        """Load the model. Raises StartupError's children.
+        """Load the model. Raises subclasses of StartupError.
 
-        input_root: what file names are relative to (see files.py).  on_failure: the engine's, as in Service.
+        input_root: the folder that file names are relative to (see files.py).  on_failure: as in Service.
         terminal: as in Progress.
         """
         if not settings.batch_output_dir:
@@ -47,81 +47,81 @@ class BatchJob:
         self.service = Service(unhurried(settings), on_failure)
         self._rows = RowRequests(self.service.parser, settings.batch_prompt_column, settings.batch_seed)
         self.n_kept = 0
-        """Files that were not scored again, because their results were whole."""
+        """Files that were skipped because their results were complete."""
         self._summaries = Summaries(self._output_dir, what_results_depend_on(settings))
 
     def run(self, paths: list[str]) -> list[dict[str, Any]]:
-        """Score files; return the summary of each, in the order of their completion, those done before included.
+        """Score files; return a summary per file, in order of completion, including files skipped as already complete.
 
-        A file that fails is in the list with `failed` true. Raises EngineBroken: what was not done has to be tried
-        again then, in another process.
+        The summary of a failed file has `failed` true. Raises EngineBroken when the engine stops: the remaining files
+        must be retried in another process.
         """
         files = [input_file(path, self._root) for path in paths]
-        ended: list[dict[str, Any]] = []
+        summaries: list[dict[str, Any]] = []
         with Progress(len(files), sum(_size(f.path) for f in files), self._terminal) as progress:
             pipeline = BatchPipeline(self.service, self._rows, progress)
             open_runs: list[FileRun] = []
-            runs = pipeline.run(self._begin(files, open_runs, ended, progress))
+            runs = pipeline.run(self._begin(files, open_runs, summaries, progress))
             try:
                 for run in runs:
-                    ended.append(self._end(run))
+                    summaries.append(self._end(run))
                     open_runs.remove(run)
                     progress.files += 1
             finally:
                 runs.close()
                 for run in open_runs:
                     run.results.abandon()
-        return ended
+        return summaries
 
     def close(self) -> dict[str, Any]:
-        """Write and return the summary of all that is in the output folder, and end the engine."""
+        """Stop the engine; write and return the summary of the whole output folder."""
         self.service.engine.close()
         return self._summaries.write_whole()
 
     def _begin(
-        self, files: list[InputFile], open_runs: list[FileRun], ended: list[dict[str, Any]], progress: Progress
+        self, files: list[InputFile], open_runs: list[FileRun], summaries: list[dict[str, Any]], progress: Progress
     ) -> Iterator[FileRun]:
-        """Yield a run for every file that has no whole results yet, when its turn has come."""
+        """Yield a run for each file without complete results; opens its result file when the pipeline asks for it."""
         for file in files:
             content = _digest(file.path)
             path = self._output_dir / f"{file.name}.{self.settings.batch_format}"
-            done = self._summaries.of(file, path, content)
-            if done is not None:
-                ended.append(done)
+            earlier_summary = self._summaries.of(file, path, content)
+            if earlier_summary is not None:
+                summaries.append(earlier_summary)
                 progress.files += 1
                 self.n_kept += 1
-                log.info("results are whole already", extra={"numbers": {"rows": done["rows"]}})
+                log.info("results already complete", extra={"numbers": {"rows": earlier_summary["rows"]}})
                 continue
             run = FileRun(file, content, ResultFile(path, self.settings.batch_format))
             open_runs.append(run)
             yield run
 
     def _end(self, run: FileRun) -> dict[str, Any]:
-        """Make the results visible, then the summary, which says that they are whole."""
+        """Publish the results, then the summary: a summary exists only for complete results."""
         n_bytes = run.results.finish()
-        told = run.tally.as_json() | {
+        outcome = run.tally.as_json() | {
             "failed": run.error is not None or self._too_many_errors(run),
             "started": run.started,
             "ended": now(),
         }
-        found = self._summaries.write(run.file, run.results.path, run.digest, n_bytes, told)
-        log.info("file done", extra={"numbers": run.tally.as_json() | {"failed": told["failed"]}})
-        return found
+        summary = self._summaries.write(run.file, run.results.path, run.digest, n_bytes, outcome)
+        log.info("file done", extra={"numbers": run.tally.as_json() | {"failed": outcome["failed"]}})
+        return summary
 
     def _too_many_errors(self, run: FileRun) -> bool:
         return run.tally.failed_rows > self.settings.batch_error_share * run.tally.rows
 
 
 def unhurried(settings: Settings) -> Settings:
-    """Return the settings of the online server without what protects its callers from each other.
+    """Return the settings without the deadline and the queue limit, which protect online callers from each other.
 
-    A row waits for nobody, so there is no deadline to keep; how much is queued is decided in pipeline.py.
+    No caller waits for a row; pipeline.py bounds how many rows are queued.
     """
     return dataclasses.replace(settings, deadline_ms=NO_DEADLINE_MS, queue_limit=1_000_000)
 
 
 def what_results_depend_on(settings: Settings) -> dict[str, Any]:
-    """Return what must be equal for results of an earlier run to be those of this one."""
+    """Return everything that results depend on; an earlier run's results are kept only when all of it is equal."""
     folder = find_checkpoint(Path(settings.model_dir)).folder
     config = (folder / "config.json").read_bytes()
     sizes = [[path.name, path.stat().st_size] for path in weight_files(folder)]
@@ -145,7 +145,7 @@ def _size(path: Path) -> int:
 
 
 def _digest(path: Path) -> str:
-    """Return the digest of the content, or something that no summary has when it cannot be read."""
+    """Return the digest of the content; for an unreadable file, a value that matches no summary."""
     try:
         return digest(path)
     except OSError as exc:

@@ -1,6 +1,6 @@
-"""The same scoring over Ray Data: a dataset of file names, mapped by actors that each keep a model loaded.
+"""Batch scoring on Ray Data: a dataset of file names, mapped by actors that each hold a loaded model.
 
-Input, output and model must be at the same paths on every node, as on a shared file system.
+Input, output and model must have the same paths on every node, for example on a shared file system.
 """
 
 import json
@@ -10,11 +10,11 @@ from typing import Any
 from mptserve.errors import StartupError
 
 FILES_PER_CALL = 16
-"""Enough small files to fill a batch; a call's results are files, so nothing big goes through Ray."""
+"""Enough small files to fill the engine. Results are written to files, so little data goes through Ray."""
 
 
 class Scorer:
-    """An actor's state: a loaded model. Calls take and give columns, as Ray Data wants them."""
+    """An actor with a loaded model. A call takes and returns columns, the format of Ray Data."""
 
     def __init__(self, environ: dict[str, str], root: str) -> None:
         from mptserve.batch.job import BatchJob
@@ -26,13 +26,13 @@ class Scorer:
         self._job = BatchJob(settings, Path(root), terminal=False)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        return {"summary": [json.dumps(found) for found in self._job.run([str(path) for path in batch["path"]])]}
+        return {"summary": [json.dumps(summary) for summary in self._job.run([str(path) for path in batch["path"]])]}
 
 
 def run_on_ray(files: list[str], root: Path, environ: dict[str, str], workers: int) -> dict[str, Any]:
     """Score files with `workers` actors and return the summary of the output folder; raises StartupError.
 
-    Each actor has a GPU when the cluster has enough. Uses the cluster that is running, or starts one on this machine.
+    Each actor gets a GPU when the cluster has enough. Uses the running cluster, or starts one on this machine.
     """
     try:
         import ray
@@ -41,25 +41,25 @@ def run_on_ray(files: list[str], root: Path, environ: dict[str, str], workers: i
         raise StartupError("--ray needs Ray: pip install 'mptserve[ray]'") from exc
     from mptserve.batch.summary import Summaries
 
-    kept = {name: value for name, value in environ.items() if name.startswith(("MPT_", "AZUREML_"))}
+    worker_environ = {name: value for name, value in environ.items() if name.startswith(("MPT_", "AZUREML_"))}
     for name in ("AZUREML_MODEL_DIR", "AZUREML_BI_OUTPUT_PATH"):
-        kept[name] = str(Path(kept[name]).absolute())
+        worker_environ[name] = str(Path(worker_environ[name]).absolute())
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=True)
     try:
-        have = ray.cluster_resources()
-        kind = "GPU" if have.get("GPU", 0) >= workers else "CPU"
-        if have.get(kind, 0) < workers:
+        resources = ray.cluster_resources()
+        kind = "GPU" if resources.get("GPU", 0) >= workers else "CPU"
+        if resources.get(kind, 0) < workers:
             raise StartupError(
-                f"--workers {workers} needs as many GPUs or CPUs; the cluster has {have.get('CPU', 0):g} CPUs"
+                f"--workers {workers} needs as many GPUs or CPUs; the cluster has {resources.get('CPU', 0):g} CPUs"
             )
         per_call = max(1, min(FILES_PER_CALL, -(-len(files) // workers)))
         rows = [{"path": str(Path(f).absolute())} for f in files]
-        # Blocks are made here, not by a task, which would wait for a CPU when the actors have them all.
+        # from_items makes the blocks here. A task that made them would wait for a CPU while the actors hold them all.
         ray.data.from_items(rows, override_num_blocks=-(-len(files) // per_call)).map_batches(
             Scorer,
-            fn_constructor_args=(kept, str(root.absolute())),
+            fn_constructor_args=(worker_environ, str(root.absolute())),
             batch_size=per_call,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=1 if kind == "GPU" else None,
@@ -67,4 +67,4 @@ def run_on_ray(files: list[str], root: Path, environ: dict[str, str], workers: i
     finally:
         if started:
             ray.shutdown()
-    return Summaries(Path(kept["AZUREML_BI_OUTPUT_PATH"]), {}).write_whole()
+    return Summaries(Path(worker_environ["AZUREML_BI_OUTPUT_PATH"]), {}).write_whole()

@@ -1,7 +1,7 @@
-"""All rows of a list of files through the engine together, across file borders, results in each file's own order.
+"""Runs the rows of all files through the engine together, and writes each file's results in the order of its rows.
 
-Memory is bounded by two numbers, whatever the files hold: how many sequences are in flight, and how many bytes of
-results may wait for a slower row before them.
+Two limits bound memory for files of any size: the number of sequences in flight, and the characters of finished results
+that wait for an earlier, slower row.
 """
 
 import logging
@@ -26,17 +26,17 @@ from mptserve.streaming import Submission
 log = logging.getLogger(__name__)
 
 HELD_CHARS = 64_000_000
-"""Text of finished rows that wait for an unfinished one before them."""
+"""Limit of text of finished rows that wait for an unfinished row before them."""
 
 
 class EngineBroken(Exception):
-    """The engine cannot go on: not the rows' fault, so the files in flight have no results and must be tried again."""
+    """The engine has stopped. The rows are not the cause; files in flight have no results and must be retried."""
 
 
 class Endings(queue.SimpleQueue[tuple[Sequence, Token | None]]):
-    """What the engine puts its events into: passes on the ends of sequences, and only counts their tokens.
+    """The queue for the engine's events: passes on the ends of sequences and only counts tokens.
 
-    Waking up for each token would take the engine's thread the interpreter away, again and again.
+    A wake-up for each token would contend with the engine's thread for the GIL.
     """
 
     def __init__(self) -> None:
@@ -46,32 +46,32 @@ class Endings(queue.SimpleQueue[tuple[Sequence, Token | None]]):
         if item[1] is None:
             super().put(item, block, timeout)
         else:
-            self.n_tokens += 1  # all on the engine's thread
+            self.n_tokens += 1  # put() is called on the engine's thread only, so no lock is needed
 
 
 class FileRun:
-    """One file on its way: its rows' turns are given out in order, and its records written in that order."""
+    """One file being scored. Rows get an index when they start, and records are written in the order of the indices."""
 
     def __init__(self, file: InputFile, digest: str, results: ResultFile) -> None:
         self.file, self.digest, self.results = file, digest, results
         self.tally, self.started = Tally(), now()
         self.read_whole = False
         self.error: BadFile | None = None
-        self._turns = self._written = 0
+        self._n_rows_started = self._written = 0
         self._held: dict[int, tuple[list[dict[str, Any]], int]] = {}
 
     @property
     def complete(self) -> bool:
-        return self.read_whole and self._written == self._turns
+        return self.read_whole and self._written == self._n_rows_started
 
-    def next_turn(self) -> int:
-        self._turns += 1
-        return self._turns - 1
+    def next_index(self) -> int:
+        self._n_rows_started += 1
+        return self._n_rows_started - 1
 
-    def put(self, turn: int, records: list[dict[str, Any]]) -> int:
-        """Take the records of a turn and write what is due; return by how many characters more is held now."""
+    def put(self, index: int, records: list[dict[str, Any]]) -> int:
+        """Take a row's records and write all that are next in order; return the change in characters held back."""
         n_chars = sum(len(r["output"] or "") for r in records)
-        self._held[turn] = records, n_chars
+        self._held[index] = records, n_chars
         change = n_chars
         while self._written in self._held:
             due, n = self._held.pop(self._written)
@@ -83,14 +83,14 @@ class FileRun:
 
 @dataclass
 class Waiting:
-    """A row whose sequences are in the engine; `left`: how many of them are not done."""
+    """A row whose sequences are in the engine. n_unfinished: sequences still running."""
 
     run: FileRun
-    turn: int
+    index: int
     row: InputRow
     id: Any
     submission: Submission
-    left: int
+    n_unfinished: int
 
 
 class BatchPipeline:
@@ -99,7 +99,7 @@ class BatchPipeline:
     def __init__(self, service: Service, rows: RowRequests, progress: Progress) -> None:
         self._service, self._rows, self._progress = service, rows, progress
         self._limit = service.settings.max_body_bytes
-        self._window = 2 * service.settings.max_rows  # the engine never waits for us, and nothing waits long in it
+        self._window = 2 * service.settings.max_rows  # enough that the engine never runs dry, and few wait in its queue
         self._waiting: dict[Sequence, Waiting] = {}
         self._events = Endings()
         self._held_chars = 0
@@ -107,20 +107,20 @@ class BatchPipeline:
         self._source: Source | None = None
 
     def run(self, files: Iterator[FileRun]) -> Generator[FileRun, None, None]:
-        """Yield each file when its last record is written; close its results then.
+        """Yield each file when its last record is written; the caller then finishes its results.
 
-        Raises EngineBroken. However it ends, nothing stays in the engine.
+        Raises EngineBroken. Sequences still in the engine are cancelled, also when the generator is closed early.
         """
         arriving = self._arriving(files)
         more = True
         try:
             while more or self._waiting:
                 while more and self._has_room():
-                    arrived = next(arriving, None)
-                    if arrived is None:
+                    item = next(arriving, None)
+                    if item is None:
                         more = False
                         break
-                    run, row = arrived
+                    run, row = item
                     if row is not None:
                         self._start(run, row)
                     if run.complete:
@@ -159,15 +159,15 @@ class BatchPipeline:
             yield run, None
 
     def _fail_file(self, run: FileRun, exc: BadFile) -> None:
-        """Put the file's error where its next row would be."""
+        """Write the file's error in place of its next row."""
         run.error = exc
         run.tally.errors[exc.code] += 1
-        log.warning("a file cannot be read", extra={"numbers": {"code": exc.code, "line": exc.line}})
-        self._put(run, run.next_turn(), [record(run.file.name, None, exc.line, None, **error_field(exc))])
+        log.warning("file cannot be read", extra={"numbers": {"code": exc.code, "line": exc.line}})
+        self._put(run, run.next_index(), [record(run.file.name, None, exc.line, None, **error_field(exc))])
 
     def _start(self, run: FileRun, row: InputRow) -> None:
-        """Hand a row's sequences to the engine; a row that breaks a rule is done at once."""
-        turn, id = run.next_turn(), None
+        """Submit a row's sequences to the engine; an invalid row fails at once."""
+        index, id = run.next_index(), None
         try:
             id = self._rows.id(row)
             request = self._rows.request(run.file.name, row, id)
@@ -175,13 +175,13 @@ class BatchPipeline:
         except Unavailable as exc:
             raise EngineBroken(exc.message) from exc
         except ScoringError as exc:
-            self._fail_row(run, turn, row, id, exc)
+            self._fail_row(run, index, row, id, exc)
             return
-        waiting = Waiting(run, turn, row, id, submission, len(submission.running))
+        waiting = Waiting(run, index, row, id, submission, len(submission.running))
         self._waiting |= {r.sequence: waiting for r in submission.running}
 
     def _wait(self) -> FileRun | None:
-        """Take the end of one sequence, if one comes soon; return the file whose row it finished, if it did."""
+        """Wait up to a second for a sequence to end; return the file whose row is now finished, else None."""
         try:
             sequence, _ = self._events.get(timeout=1.0)
         except queue.Empty:
@@ -190,8 +190,8 @@ class BatchPipeline:
             return None
         self._progress.tokens = self._events.n_tokens
         waiting = self._waiting.pop(sequence)
-        waiting.left -= 1
-        if waiting.left:
+        waiting.n_unfinished -= 1
+        if waiting.n_unfinished:
             return None
         self._finish(waiting)
         return waiting.run
@@ -203,28 +203,28 @@ class BatchPipeline:
         except ScoringError as exc:
             if exc.code in ("engine_failed", "draining"):
                 raise EngineBroken(exc.message) from exc
-            self._fail_row(run, waiting.turn, row, waiting.id, exc)
+            self._fail_row(run, waiting.index, row, waiting.id, exc)
             return
-        fields = [answer_fields(r, self._service.tokenizer, request.details) for r in results]
+        answers = [answer_fields(r, self._service.tokenizer, request.details) for r in results]
         self._progress.rows += 1
         run.tally.rows += 1
         run.tally.sequences += len(results)
-        for found in fields:
-            run.tally.finish_reasons[found["finish_reason"]] += 1
-            run.tally.prompt_tokens += found["prompt_tokens"]
-            run.tally.generated_tokens += found["generated_tokens"]
-        records = [record(run.file.name, row.number, row.line, waiting.id, **found) for found in fields]
-        self._put(run, waiting.turn, records)
+        for answer in answers:
+            run.tally.finish_reasons[answer["finish_reason"]] += 1
+            run.tally.prompt_tokens += answer["prompt_tokens"]
+            run.tally.generated_tokens += answer["generated_tokens"]
+        records = [record(run.file.name, row.number, row.line, waiting.id, **answer) for answer in answers]
+        self._put(run, waiting.index, records)
 
-    def _fail_row(self, run: FileRun, turn: int, row: InputRow, id: Any, exc: ScoringError) -> None:
+    def _fail_row(self, run: FileRun, index: int, row: InputRow, id: Any, exc: ScoringError) -> None:
         if isinstance(exc, GenerationFailed):
-            log.error("a row failed", extra={"numbers": {"row": row.number, "code": exc.code}})
+            log.error("row failed", extra={"numbers": {"row": row.number, "code": exc.code}})
         self._progress.rows += 1
         self._progress.failed_rows += 1
         run.tally.rows += 1
         run.tally.failed_rows += 1
         run.tally.errors[exc.code] += 1
-        self._put(run, turn, [record(run.file.name, row.number, row.line, id, **error_field(exc))])
+        self._put(run, index, [record(run.file.name, row.number, row.line, id, **error_field(exc))])
 
-    def _put(self, run: FileRun, turn: int, records: list[dict[str, Any]]) -> None:
-        self._held_chars += run.put(turn, records)
+    def _put(self, run: FileRun, index: int, records: list[dict[str, Any]]) -> None:
+        self._held_chars += run.put(index, records)

@@ -1,4 +1,4 @@
-"""How far a job is: a line in the log every half minute, and a bar where there is a terminal to show it."""
+"""Progress of a job: a log line every 30 s, and a progress bar on a terminal."""
 
 import logging
 import sys
@@ -11,10 +11,10 @@ LOG_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts rows and tokens of a list of files of known size; a context manager."""
+    """Counts files, rows and tokens; a context manager."""
 
     def __init__(self, n_files: int, n_bytes: int, terminal: bool | None = None) -> None:
-        """terminal: whether to draw a bar on standard error; None: when it is a terminal."""
+        """terminal: whether to draw a bar on standard error; None: if standard error is a terminal."""
         self.files = self.rows = self.failed_rows = self.tokens = 0
         self.n_files, self.n_bytes = n_files, n_bytes
         self._bytes = 0
@@ -40,7 +40,7 @@ class Progress:
             self._bar.close()
 
     def show(self, n_bytes: int, last: bool = False) -> None:
-        """Tell where we are, as often as is useful; n_bytes: read so far."""
+        """Update the bar and, every LOG_EVERY_S, the log. n_bytes: input bytes read so far."""
         self._bytes = n_bytes
         moment = time.monotonic()
         if self._bar is not None and (last or moment - self._bar.last_print_t >= 0):
@@ -51,7 +51,7 @@ class Progress:
             log.info("progress", extra={"numbers": self.numbers()})
 
     def numbers(self) -> dict[str, Any]:
-        """Return the progress as numbers. `left_s`: from the share of bytes read, None before there is any."""
+        """Return the progress as numbers. `left_s`: estimated from the share of bytes read; None at the start."""
         seconds = max(time.monotonic() - self._started, 1e-9)
         share = min(self._bytes / self.n_bytes, 1.0) if self.n_bytes else 1.0
         return {
@@ -68,7 +68,7 @@ class Progress:
         }
 
     def _speed(self) -> str:
-        found = self.numbers()
+        numbers = self.numbers()
         failed = f", {self.failed_rows} failed" if self.failed_rows else ""
-        speed = f"{found['rows_per_s']:.1f} rows/s, {found['tokens_per_s']:.0f} tok/s"
+        speed = f"{numbers['rows_per_s']:.1f} rows/s, {numbers['tokens_per_s']:.0f} tok/s"
         return f"{self.files}/{self.n_files} files, {self.rows} rows{failed}, {speed}"

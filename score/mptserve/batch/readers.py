@@ -1,26 +1,27 @@
-"""Files to rows: one reader for each format, each in bounded memory, each going on after a bad row where it can."""
+"""Reads rows of files: one reader per format. Each uses bounded memory and continues after a bad row where it can."""
 
 import codecs
 import csv
 import json
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
-from mptserve.batch.files import InputFile, Source, refuse_utf16
+from mptserve import strict_json
+from mptserve.batch.files import InputFile, Source, import_pyarrow, refuse_utf16
 from mptserve.errors import BadFile, InvalidRequest, ScoringError, TooLarge
 
 PIECE_CHARS = 1 << 16
 PARQUET_ROWS = 256
-"""Rows of a parquet file that are in memory at a time, beside the pages they stand in."""
+"""Rows of a parquet file in memory at a time, beside the pages that hold them."""
 
 
 @dataclass(frozen=True)
 class InputRow:
-    """One row of a file: `value` is a prompt, or an object (columns, or a request of the online server).
+    """One row of a file. `value` is a prompt, or an object: columns, or a request of the online server.
 
-    number: from 0, among the rows.  line: from 1, where it begins in the file; None in parquet.  error: why there is
-    no value.  text_cells: the value came from text without types.
+    number: of the row, from 0.  line: where it begins in the file, from 1; None in parquet.  error: why there is no
+    value.  text_cells: the values are untyped text (CSV, TSV).
     """
 
     number: int
@@ -31,21 +32,21 @@ class InputRow:
 
 
 Columns = Callable[[list[str]], list[str]]
-"""Takes a table's columns, returns those to read; raises BadFile when they cannot be rows."""
+"""Takes a table's column names and returns those to read; raises BadFile when no column can be the prompt."""
 Expand = Callable[[dict[str, Any]], list[Any]]
-"""Takes a whole request of the online server and returns a row's value for each of its prompts."""
+"""Takes a request of the online server and returns one row value per prompt."""
 
 
 def read_rows(
     file: InputFile, source: Source, limit: int, columns: Columns, expand: Expand
 ) -> Generator[InputRow, None, None]:
-    """Yield the rows of a file; raises BadFile where it cannot be read on.
+    """Yield the rows of a file; raises BadFile where no further row can be read.
 
-    limit: bytes of one row.
+    limit: of one row, in bytes.
     """
     match file.format:
         case ".jsonl" | ".ndjson":
-            yield from _json_lines(source, limit)
+            yield from _text_lines(source, limit, _json)
         case ".json":
             yield from _json_document(source, limit, expand)
         case ".csv":
@@ -53,7 +54,7 @@ def read_rows(
         case ".tsv":
             yield from _table(source, "\t", limit, columns)
         case ".txt":
-            yield from _plain_lines(source, limit)
+            yield from _text_lines(source, limit, str)
         case _:
             yield from _parquet(source, columns)
 
@@ -65,26 +66,14 @@ def too_long(limit: int) -> TooLarge:
 # Lines ---------------------------------------------------------------------------------------------------------------
 
 
-def _plain_lines(source: Source, limit: int) -> Iterator[InputRow]:
-    """A prompt a line; empty lines are no rows."""
+def _text_lines(source: Source, limit: int, parse: Callable[[str], Any]) -> Iterator[InputRow]:
+    """Yield one row per line; empty lines are skipped. parse: turns a line into the row's value."""
     number = 0
     for line in source.lines(limit):
         if line is not None and not line.strip():
             continue
         try:
-            yield InputRow(number, source.line, _decoded(line, limit))
-        except ScoringError as exc:
-            yield InputRow(number, source.line, error=exc)
-        number += 1
-
-
-def _json_lines(source: Source, limit: int) -> Iterator[InputRow]:
-    number = 0
-    for line in source.lines(limit):
-        if line is not None and not line.strip():
-            continue
-        try:
-            yield InputRow(number, source.line, _json(_decoded(line, limit)))
+            yield InputRow(number, source.line, parse(_decoded(line, limit)))
         except ScoringError as exc:
             yield InputRow(number, source.line, error=exc)
         number += 1
@@ -101,31 +90,23 @@ def _decoded(line: bytes | None, limit: int) -> str:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant)
-    except RecursionError:
-        raise InvalidRequest("the row is nested too deeply", code="invalid_json") from None
-    except json.JSONDecodeError as exc:
-        raise InvalidRequest(f"the row must be JSON; column {exc.colno}: {exc.msg}", code="invalid_json") from exc
-    except ValueError:  # an integer of thousands of digits
-        raise InvalidRequest("the row holds a number that is too long", code="invalid_json") from None
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise InvalidRequest(f"the row must be JSON, which has no {name}", code="invalid_json")
+        return strict_json.loads(text)
+    except strict_json.NotJson as exc:
+        raise InvalidRequest(f"the row {exc}", code="invalid_json") from exc
 
 
 # A JSON document -----------------------------------------------------------------------------------------------------
 
 
 class _Text:
-    """The text of a document, a window of it in memory. `at`: where the next value is expected; `line`: its line."""
+    """A window of a document's text. `at`: offset where the next value is expected; `line`: its line number."""
 
     def __init__(self, source: Source) -> None:
         self._source, self.text, self.at, self.line, self.ended = source, "", 0, 1, False
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")(errors="strict")
 
     def more(self, n: int = PIECE_CHARS) -> None:
-        """Read on, and forget what was passed."""
+        """Read more text, and drop what was parsed."""
         self.text, self.at = self.text[self.at :], 0
         piece = self._source.read(n)
         if not self.text and self.line == 1:
@@ -136,11 +117,11 @@ class _Text:
         except UnicodeDecodeError as exc:
             line = self.line + self.text.count("\n")
             raise BadFile(
-                f"the file must be UTF-8; it is not, near line {line}", code="invalid_encoding", line=line
+                f"the file must be UTF-8; it has invalid bytes near line {line}", code="invalid_encoding", line=line
             ) from exc
 
     def peek(self) -> str:
-        """Return the next character that is no white space, empty at the end."""
+        """Return the next character that is not white space; empty at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in " \t\r\n":
                 self.line += self.text[self.at] == "\n"
@@ -150,20 +131,22 @@ class _Text:
             self.more()
 
     def value(self, limit: int) -> Any:
-        """Return the JSON value that begins here and step over it; raises BadFile if there is none."""
-        decoder = json.JSONDecoder(parse_constant=str)  # NaN: a string, which no number may be
+        """Return the JSON value at `at` and move past it; raises BadFile if there is none."""
+        decoder = json.JSONDecoder(
+            parse_constant=str
+        )  # NaN and Infinity become strings, which request validation rejects
         while True:
             try:
                 value, end = decoder.raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:  # otherwise a number may go on
+                if end < len(self.text) or self.ended:  # otherwise the value may be a number that continues
                     break
             except RecursionError:
                 raise self.bad("a row is nested too deeply") from None
             except ValueError as exc:
                 if self.ended:
-                    raise self.bad("the file ends, or breaks the rules of JSON, in the row that begins here") from exc
+                    raise self.bad("the row that begins here is incomplete or not valid JSON") from exc
             if len(self.text) - self.at > limit:
-                raise self.bad(f"no row of at most {limit} bytes can be read here")
+                raise self.bad(f"the row that begins here is invalid or longer than {limit} bytes")
             self.more(max(len(self.text) - self.at, PIECE_CHARS))
         self.line += self.text.count("\n", self.at, end)
         self.at = end
@@ -174,16 +157,16 @@ class _Text:
 
 
 def _json_document(source: Source, limit: int, expand: Expand) -> Iterator[InputRow]:
-    """An array of rows, or one request of the online server, each of whose prompts is a row.
+    """Yield the items of an array, or a row for each prompt of one online request.
 
-    Nothing can be read behind a broken row: unlike lines, an array has no place to begin again.
+    Reading stops at a broken row: unlike lines, an array has no mark at which to resume.
     """
     text = _Text(source)
     opening = text.peek()
     if opening == "{":
         line, value = text.line, text.value(limit)
         if text.peek():
-            raise text.bad("more follows the object; a line each belongs into .jsonl")
+            raise text.bad("there is text after the object; name a file with one object per line .jsonl")
         try:
             rows = expand(value)
         except InvalidRequest as exc:
@@ -195,10 +178,10 @@ def _json_document(source: Source, limit: int, expand: Expand) -> Iterator[Input
         raise text.bad("a .json file must hold an array of rows, or one request")
     text.at += 1
     number = 0
-    while (next_is := text.peek()) != "]":
+    while (separator := text.peek()) != "]":
         if number:
-            if next_is != ",":
-                raise text.bad("a comma or the end of the array is missing")
+            if separator != ",":
+                raise text.bad("expected a comma or the end of the array")
             text.at += 1
             text.peek()
         line = text.line
@@ -206,19 +189,19 @@ def _json_document(source: Source, limit: int, expand: Expand) -> Iterator[Input
         number += 1
     text.at += 1
     if text.peek():
-        raise text.bad("more follows the array")
+        raise text.bad("there is text after the array")
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
 class _TableLines:
-    """Lines for csv.reader, which asks for as many as a record takes. `record`: those of the present one."""
+    """The line iterator of a csv.reader. `record`: (number, text) of the lines of the current record."""
 
     def __init__(self, source: Source, limit: int) -> None:
         self._source, self._limit = source, limit
         self._lines = source.lines(limit)
-        self._again: list[tuple[int, str]] = []
+        self._lines_to_repeat: list[tuple[int, str]] = []
         self.record: list[tuple[int, str]] = []
         self._chars = 0
 
@@ -226,12 +209,12 @@ class _TableLines:
         return self
 
     def __next__(self) -> str:
-        if self._again:
-            number, text = self._again.pop()
+        if self._lines_to_repeat:
+            number, text = self._lines_to_repeat.pop()
         else:
             line = next(self._lines)
             number = self._source.line
-            # bytes that are no UTF-8 become surrogates, so that only their own row fails
+            # invalid UTF-8 becomes surrogates, so that only its own row fails
             text = "\0" if line is None else line.decode("utf-8", "surrogateescape") + "\n"
         self.record.append((number, text))
         self._chars += len(text)
@@ -240,17 +223,17 @@ class _TableLines:
         return text
 
     def begin(self) -> None:
-        """Forget the last record."""
+        """Start a new record."""
         self.record, self._chars = [], 0
 
     def rewind(self) -> None:
-        """Give all lines but the first of the record once more: a stray quote must cost one row, not the rest."""
-        self._again += reversed(self.record[1:])
+        """Yield the record's lines after the first again: a stray quote must fail one row, not the rest of the file."""
+        self._lines_to_repeat += reversed(self.record[1:])
 
 
 def _table(source: Source, delimiter: str, limit: int, columns: Columns) -> Iterator[InputRow]:
-    """Quoted as RFC 4180 says, with a header; empty lines are no rows."""
-    csv.field_size_limit(limit)  # of the whole process: the default is less than a long prompt
+    """Yield the rows of a table with a header, quoted as in RFC 4180; empty lines are skipped."""
+    csv.field_size_limit(limit)  # for the whole process; the default is shorter than a long prompt
     lines = _TableLines(source, limit)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header = _header(reader, lines)
@@ -266,7 +249,7 @@ def _table(source: Source, delimiter: str, limit: int, columns: Columns) -> Iter
         except StopIteration:
             return
         except (csv.Error, ScoringError) as exc:
-            error = InvalidRequest(f"the row breaks the rules of CSV: {exc}", code="invalid_csv")
+            error = InvalidRequest(f"the row is not valid CSV: {exc}", code="invalid_csv")
             lines.rewind()
             yield InputRow(number, lines.record[0][0], error=exc if isinstance(exc, ScoringError) else error)
         else:
@@ -285,10 +268,10 @@ def _header(reader: Iterator[list[str]], lines: _TableLines) -> list[str]:
             "the file is empty; its first line must name the columns", code="missing_column", line=1
         ) from None
     except (csv.Error, TooLarge) as exc:
-        raise BadFile(f"the line of column names cannot be read: {exc}", code="invalid_csv", line=1) from exc
+        raise BadFile(f"the header cannot be read: {exc}", code="invalid_csv", line=1) from exc
     names = [name.strip() for name in header]
     if len(set(names)) < len(names):
-        raise BadFile("a column name stands twice in the first line", code="invalid_csv", line=1)
+        raise BadFile("the header has a column name twice", code="invalid_csv", line=1)
     return names
 
 
@@ -303,11 +286,7 @@ def _cells(header: list[str], cells: list[str], wanted: set[str]) -> dict[str, s
 
 
 def _parquet(source: Source, columns: Columns) -> Iterator[InputRow]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as exc:
-        raise BadFile("parquet needs pyarrow: pip install 'mptserve[batch]'", code="missing_package") from exc
+    pyarrow = import_pyarrow()
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(source.stream, pre_buffer=False) as file:
@@ -317,13 +296,15 @@ def _parquet(source: Source, columns: Columns) -> Iterator[InputRow]:
                     yield row
                     number += 1
     except (pyarrow.ArrowException, OSError, ValueError) as exc:
-        raise BadFile(f"this is no whole parquet file; row {number} cannot be read", code="invalid_parquet") from exc
+        raise BadFile(
+            f"not a valid parquet file, or truncated; row {number} cannot be read", code="invalid_parquet"
+        ) from exc
 
 
 def _batch_rows(batch: Any, number: int) -> Iterator[InputRow]:
     try:
         values = batch.to_pylist()
-    except UnicodeDecodeError:  # of one cell, and it does not say of which
+    except UnicodeDecodeError:  # one cell is invalid, and the error does not say which
         yield from (_single_row(batch.slice(i, 1), number + i) for i in range(batch.num_rows))
     else:
         yield from (InputRow(number + i, None, value) for i, value in enumerate(values))
@@ -334,5 +315,5 @@ def _single_row(batch: Any, number: int) -> InputRow:
         (value,) = batch.to_pylist()
         return InputRow(number, None, value)
     except UnicodeDecodeError:
-        error = InvalidRequest("the row holds a string that is not UTF-8", code="invalid_encoding")
+        error = InvalidRequest("the row has a string that is not UTF-8", code="invalid_encoding")
         return InputRow(number, None, error=error)

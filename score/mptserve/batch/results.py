@@ -1,4 +1,4 @@
-"""Records to a file of results, which appears under its name only when it is whole."""
+"""Writes records to a result file, which gets its final name only when it is complete."""
 
 import json
 import os
@@ -7,7 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from mptserve.errors import BadSetting, ScoringError
+from mptserve.batch.files import import_pyarrow
+from mptserve.errors import BadFile, BadSetting, ScoringError
 from mptserve.response import Result, details
 from mptserve.tokenizer import Tokenizer
 
@@ -16,19 +17,19 @@ FIELDS = (
     *("error", "details"),
 )
 PARQUET_ROWS = 4096
-"""Rows of a row group: what is in memory until it is written."""
+"""Rows in a row group, which is in memory until it is written."""
 
 
-def record(file: str, row: int | None, line: int | None, id: Any, **found: Any) -> dict[str, Any]:
-    """Return one record of the results; what is not known is None, and `details` is there only when asked for."""
-    values = {"file": file, "row": row, "line": line, "id": id} | found
+def record(file: str, row: int | None, line: int | None, id: Any, **fields: Any) -> dict[str, Any]:
+    """Return one record of the results. Missing fields are None; `details` is present only when requested."""
+    values = {"file": file, "row": row, "line": line, "id": id} | fields
     return {name: values.get(name) for name in FIELDS if name != "details" or "details" in values}
 
 
 def answer_fields(result: Result, tokenizer: Tokenizer, with_details: bool) -> dict[str, Any]:
-    """Return what a finished sequence adds to its record."""
+    """Return the fields of a record that come from its finished sequence."""
     seq = result.sequence
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "sequence": result.number,
         "output": result.text,
         "finish_reason": seq.finish_reason,
@@ -36,58 +37,58 @@ def answer_fields(result: Result, tokenizer: Tokenizer, with_details: bool) -> d
         "generated_tokens": len(seq.out),
         "seed": seq.params.seed,
     }
-    return found | ({"details": details(result, tokenizer)} if with_details else {})
+    return fields | ({"details": details(result, tokenizer)} if with_details else {})
 
 
 def error_field(exc: ScoringError) -> dict[str, Any]:
-    """Return what an error adds to a record: the online server's error, without a request id."""
+    """Return the error field of a record: the online server's error, without a request id."""
     return {"error": {"code": exc.code, "message": exc.message, "field": exc.field}}
 
 
 class Writer(Protocol):
-    """Takes records; knows roughly how many bytes it was given."""
+    """Writes records in one format."""
 
     def write(self, records: list[dict[str, Any]]) -> None: ...
     def close(self) -> None: ...
 
 
 class ResultFile:
-    """Results on their way to `path`: written beside it under a name of its own, renamed by `finish`.
+    """A result file in progress: written under a temporary name beside `path` and renamed to it by `finish`.
 
-    So a try that is killed leaves nothing that could be taken for results, and two tries of one file do not meet.
+    A killed process therefore leaves no incomplete results at `path`, and two attempts at a file do not collide.
     """
 
     def __init__(self, path: Path, format: str) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-        self._file = self._beside.open("wb")
+        self._temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+        self._file = self._temporary.open("wb")
         self._writer: Writer = JsonLines(self._file) if format == "jsonl" else Parquet(self._file)
 
     def write(self, records: list[dict[str, Any]]) -> None:
         self._writer.write(records)
 
     def finish(self) -> int:
-        """Make the results visible in one step, drop what dead tries left, and return the file's size in bytes."""
+        """Rename the file to its final name, delete temporary files of failed attempts, return the size in bytes."""
         self._writer.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         size = self._file.tell()
         self._file.close()
         try:
-            self._beside.replace(self.path)
-        except FileNotFoundError:  # another try, which finished first, took ours for dead: its results are the same
+            self._temporary.replace(self.path)
+        except FileNotFoundError:  # a parallel attempt finished first and deleted this file; its results are the same
             if not self.path.is_file():
                 raise
-        for left in self.path.parent.glob(f".{_glob_escape(self.path.name)}.*.tmp"):
-            left.unlink(missing_ok=True)
+        for leftover in self.path.parent.glob(f".{_glob_escape(self.path.name)}.*.tmp"):
+            leftover.unlink(missing_ok=True)
         return size
 
     def abandon(self) -> None:
-        """Leave nothing behind; harmless after `finish`."""
+        """Delete the temporary file; does nothing after `finish`."""
         with suppress(Exception):
             self._file.close()
-        self._beside.unlink(missing_ok=True)
+        self._temporary.unlink(missing_ok=True)
 
 
 def _glob_escape(name: str) -> str:
@@ -95,27 +96,26 @@ def _glob_escape(name: str) -> str:
 
 
 class JsonLines:
-    """A JSON object a line, UTF-8."""
+    """One JSON object per line, UTF-8."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        for found in records:
-            self._file.write(json.dumps(found, ensure_ascii=False).encode("utf-8") + b"\n")
+        for fields in records:
+            self._file.write(json.dumps(fields, ensure_ascii=False).encode("utf-8") + b"\n")
 
     def close(self) -> None:
         pass
 
 
 class Parquet:
-    """Columns as FIELDS; ids as text, details as JSON text, since a column has one type."""
+    """Parquet with the columns FIELDS. A column has one type, so ids are text and details are JSON text."""
 
     def __init__(self, file: IO[bytes]) -> None:
         try:
-            import pyarrow
-            import pyarrow.parquet
-        except ImportError as exc:
+            pyarrow = import_pyarrow()
+        except BadFile as exc:
             raise BadSetting("MPT_BATCH_FORMAT is parquet, which needs pyarrow: pip install 'mptserve[batch]'") from exc
         self._pyarrow = pyarrow
         text, whole = pyarrow.string(), pyarrow.int64()
@@ -127,10 +127,14 @@ class Parquet:
         self._rows: list[dict[str, Any]] = []
 
     def write(self, records: list[dict[str, Any]]) -> None:
-        for found in records:
-            id, more = found["id"], found.get("details")
+        for fields in records:
+            id, row_details = fields["id"], fields.get("details")
             self._rows.append(
-                found | {"id": None if id is None else str(id), "details": None if more is None else json.dumps(more)}
+                fields
+                | {
+                    "id": None if id is None else str(id),
+                    "details": None if row_details is None else json.dumps(row_details),
+                }
             )
         if len(self._rows) >= PARQUET_ROWS:
             self._flush()

@@ -1,4 +1,4 @@
-"""Rows to requests: which column is what, a row's own parameters over the job's, a seed where there is none."""
+"""Turns rows into requests: finds the prompt and the parameters, and makes a seed where a row has none."""
 
 import difflib
 import hashlib
@@ -13,28 +13,28 @@ from mptserve.errors import BadFile, InvalidRequest
 from mptserve.request import GenerateRequest, Located, RequestParser, dialect, looks_like_messages
 
 PROMPT_COLUMNS = ("input_string", "prompt", "text")
-NOT_IN_A_BATCH = {"stream": "a batch has nobody to stream to", "output_format": "the job decides what is written"}
+NOT_IN_A_BATCH = {"stream": "a batch job does not stream", "output_format": "a batch job has its own format"}
 MAX_ID_CHARS = 512
 MAX_SEED = (1 << 53) - 1
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the columns of a row are: the prompt's, and those that are parameters."""
+    """The column of the prompt, and the columns that are parameters."""
 
     prompt: str
     parameters: tuple[str, ...]
 
 
 class RowRequests:
-    """Makes a request of a row, with the rules of the online server."""
+    """Makes requests of rows, by the online server's rules."""
 
     def __init__(self, parser: RequestParser, prompt_column: str, seed: int) -> None:
         self._parser, self._prompt_column, self._seed = parser, prompt_column, seed
         self._shapes: dict[tuple[str, ...], Shape] = {}
 
     def columns(self, names: list[str]) -> list[str]:
-        """Return the columns of a table that are read; raises BadFile when its rows would have no prompt."""
+        """Return the columns to read; raises BadFile when none can be the prompt."""
         try:
             shape = self._shape(tuple(names))
         except InvalidRequest as exc:
@@ -42,7 +42,7 @@ class RowRequests:
         return [n for n in names if n in (shape.prompt, "id", "parameters", *shape.parameters)]
 
     def expand(self, value: dict[str, Any]) -> list[Any]:
-        """Return a row's value for each prompt of a whole request; raises InvalidRequest."""
+        """Return one row value per prompt of an online request; raises InvalidRequest."""
         if "input_string" in value and "input_data" not in value:
             value = {"input_data": value}
         prompts, parameters = dialect(value)
@@ -55,7 +55,7 @@ class RowRequests:
         ]
 
     def _of_prompt(self, parameters: dict[str, Any], i: int, n: int) -> dict[str, Any]:
-        """Return the parameters with lists of a value per prompt, of the right length, replaced by the i-th value."""
+        """Return the parameters of prompt i: of a per-prompt list of n values, the i-th."""
         rules = self._parser.rules
         return {
             name: value[i]
@@ -65,12 +65,12 @@ class RowRequests:
         }
 
     def request(self, file: str, row: InputRow, id: str | int | float | None) -> GenerateRequest:
-        """Return the row's request; raises InvalidRequest pointing at the column."""
+        """Return the row's request; raises InvalidRequest whose `field` is the column."""
         if row.error is not None:
             raise row.error
         prompts, parameters = self._parts(row)
         if not isinstance(parameters.value, dict):
-            return self._parser.read(prompts, parameters)  # says what is wrong
+            return self._parser.read(prompts, parameters)  # raises with the reason
         for name, why in NOT_IN_A_BATCH.items():
             if parameters.value.get(name) is not None:
                 raise InvalidRequest(f"`{name}`: {why}", field=f"{parameters.pointer}/{name}", code="not_in_a_batch")
@@ -83,34 +83,35 @@ class RowRequests:
         return replace(self._parser.read(prompts, parameters), stream=False)
 
     def seed(self, file: str, number: int, id: str | int | float | None) -> int:
-        """Return the seed of a row that gives none: the same in every run, another for every row.
+        """Return the seed for a row without one: different for each row, the same in every run.
 
-        Made of the job's seed and the row's id, which splitting a file leaves alone; without one, of file and number.
+        A hash of the job's seed and the row's id, which stays the same when a file is split; without an id, of the
+        job's seed, the file name and the row number.
         """
-        place: list[Any] = [self._seed, id] if id is not None else [self._seed, file, number]
-        return int.from_bytes(hashlib.blake2b(json.dumps(place).encode(), digest_size=8).digest(), "big") & MAX_SEED
+        seed_key: list[Any] = [self._seed, id] if id is not None else [self._seed, file, number]
+        return int.from_bytes(hashlib.blake2b(json.dumps(seed_key).encode(), digest_size=8).digest(), "big") & MAX_SEED
 
     def id(self, row: InputRow) -> str | int | float | None:
-        """Return the row's id; raises InvalidRequest when it is none."""
+        """Return the row's id, None when it has none; raises InvalidRequest for an invalid one."""
         if not isinstance(row.value, dict):
             return None
-        found = row.value.get("id")
-        if found is None or (row.text_cells and not found):
+        row_id = row.value.get("id")
+        if row_id is None or (row.text_cells and not row_id):
             return None
-        if isinstance(found, bool) or not isinstance(found, (str, int, float)):
+        if isinstance(row_id, bool) or not isinstance(row_id, (str, int, float)):
             raise InvalidRequest("`/id` must be a string or a number", field="/id", code="wrong_type")
-        if isinstance(found, str):
-            if len(found) > MAX_ID_CHARS:
+        if isinstance(row_id, str):
+            if len(row_id) > MAX_ID_CHARS:
                 raise InvalidRequest(
-                    f"`/id` must have at most {MAX_ID_CHARS} characters, got {len(found)}",
+                    f"`/id` must have at most {MAX_ID_CHARS} characters, got {len(row_id)}",
                     field="/id",
                     code="wrong_length",
                 )
-            if any(0xD800 <= ord(c) <= 0xDFFF for c in found):
+            if any(0xD800 <= ord(c) <= 0xDFFF for c in row_id):
                 raise InvalidRequest("`/id` must be Unicode text", field="/id", code="invalid_text")
-        elif not abs(found) < 1 << 63:  # nor is NaN
+        elif not abs(row_id) < 1 << 63:  # also rejects NaN
             raise InvalidRequest("`/id` must be a number of at most 63 bits", field="/id", code="out_of_range")
-        return found
+        return row_id
 
     def _parts(self, row: InputRow) -> tuple[Located, Located]:
         value = row.value
@@ -128,24 +129,26 @@ class RowRequests:
         return Located(value[shape.prompt], f"/{shape.prompt}"), self._parameters(row, shape)
 
     def _parameters(self, row: InputRow, shape: Shape) -> Located:
-        """Return a row's parameters: the object in `parameters`, and those that are columns."""
+        """Return a row's parameters: the fields of `parameters`, and the parameters in columns of their own."""
         inner = row.value.get("parameters")
         if row.text_cells and inner is not None:
             inner = _json_cell(inner)
         if inner is not None and not isinstance(inner, dict):
             return Located(inner, "/parameters")
-        given: dict[str, Any] = dict(inner or {})
+        parameters: dict[str, Any] = dict(inner or {})
         for name in shape.parameters:
             value = row.value[name]
             if value is None or value == "" or (isinstance(value, float) and math.isnan(value)):
-                continue  # a table's way to leave something out
-            if given.get(name) is not None:
-                raise InvalidRequest(f"`{name}` is given twice", field=f"/{name}", code="invalid_request")
-            given[name] = _typed(value, self._parser.rules[name]) if row.text_cells else value
-        return Located(given, "/parameters" if inner else "")
+                continue  # how tables express a missing value
+            if parameters.get(name) is not None:
+                raise InvalidRequest(
+                    f"`{name}` is both a column and a field of `parameters`", field=f"/{name}", code="invalid_request"
+                )
+            parameters[name] = _typed(value, self._parser.rules[name]) if row.text_cells else value
+        return Located(parameters, "/parameters" if inner else "")
 
     def _shape(self, names: tuple[str, ...]) -> Shape:
-        """Return what the columns are, remembered: rows of a file look alike."""
+        """Return the roles of the columns; cached, since the rows of a file have the same columns."""
         shape = self._shapes.get(names)
         if shape is None:
             shape = self._find_shape(names)
@@ -159,34 +162,34 @@ class RowRequests:
         for name in names:
             if name in rules or name in (prompt, "id", "parameters"):
                 continue
-            near = difflib.get_close_matches(name[:64].lower(), list(rules), n=1, cutoff=0.8)
-            if near:  # other columns are the file's own business; a misspelt parameter must not become a default
+            similar = difflib.get_close_matches(name[:64].lower(), list(rules), n=1, cutoff=0.8)
+            if similar:  # other columns are ignored, but a misspelt parameter must not become a default
                 raise InvalidRequest(
-                    f"a column is called almost, but not quite, `{near[0]}`; rename it",
-                    field=f"/{near[0]}",
+                    f"a column name is close to the parameter `{similar[0]}`; correct it or rename the column",
+                    field=f"/{similar[0]}",
                     code="unknown_parameter",
                 )
         return Shape(prompt, tuple(n for n in names if n in rules and n != prompt))
 
     def _prompt(self, names: Iterable[str]) -> str:
-        wanted = (self._prompt_column,) if self._prompt_column else PROMPT_COLUMNS
-        found = [name for name in wanted if name in names]
-        if len(found) > 1 and found[0] != PROMPT_COLUMNS[0]:
+        candidates = (self._prompt_column,) if self._prompt_column else PROMPT_COLUMNS
+        matches = [name for name in candidates if name in names]
+        if len(matches) > 1 and matches[0] != PROMPT_COLUMNS[0]:
             raise InvalidRequest(
-                f"both {' and '.join(f'`{n}`' for n in found)} could be the prompt; set MPT_BATCH_PROMPT_COLUMN",
+                f"both {' and '.join(f'`{n}`' for n in matches)} could be the prompt; set MPT_BATCH_PROMPT_COLUMN",
                 code="ambiguous_column",
             )
-        if not found:
+        if not matches:
             raise InvalidRequest(
-                f"no column {' or '.join(f'`{n}`' for n in wanted)}: the prompt goes there; "
-                "MPT_BATCH_PROMPT_COLUMN names another",
+                f"no column {' or '.join(f'`{n}`' for n in candidates)} for the prompt; "
+                "set MPT_BATCH_PROMPT_COLUMN to use another one",
                 code="missing_column",
             )
-        return found[0]
+        return matches[0]
 
 
 def _typed(cell: str, rule: dict[str, Any]) -> Any:
-    """Return a cell's text as what its parameter wants; as it is where that fails, for the parser to refuse."""
+    """Return a cell converted to its parameter's type; unchanged where that fails, so that the parser rejects it."""
     kind: Callable[[str], Any] | None = {"integer": int, "number": float}.get(rule.get("type", ""))
     if kind is not None:
         try:
@@ -202,7 +205,7 @@ def _typed(cell: str, rule: dict[str, Any]) -> Any:
 
 
 def _json_cell(cell: str) -> Any:
-    """Return what JSON in a cell says, None when the cell is empty, the text itself when it is no JSON."""
+    """Return the value of a cell's JSON; None for an empty cell, the text itself when it is not JSON."""
     try:
         return json.loads(cell, parse_constant=str) if cell.strip() else None
     except (ValueError, RecursionError):

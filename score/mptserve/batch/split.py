@@ -1,6 +1,6 @@
-"""A big file to shards, so that several nodes have work: the platform deals out files, never rows.
+"""Splits a big file into shards, so that several nodes have work: Azure and Ray distribute files, not rows.
 
-Rows are copied as they are, broken ones too, so scoring the shards says of them what scoring the file would have said.
+Rows are copied unchanged, invalid ones too: scoring the shards gives the same results and errors as scoring the file.
 """
 
 import csv
@@ -11,18 +11,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
-from mptserve.batch.files import InputFile, Source
+from mptserve.batch.files import InputFile, Source, import_pyarrow
 from mptserve.batch.readers import read_rows
 from mptserve.errors import BadFile
 
 ROW_BYTES = 100_000_000
-"""Most of one row; only what is read as a whole must end somewhere."""
+"""Limit of one row, which is in memory as a whole."""
 
 
 def split(path: Path, output_dir: Path, rows_per_shard: int) -> list[Path]:
-    """Write shards of `path` and return them; none is half written under its name. Raises BadFile.
+    """Write shards of `path` and return their paths. Raises BadFile.
 
-    Tables keep their header in each shard, parquet its schema, gzip stays gzip; an array (.json) becomes .jsonl.
+    A shard gets its name when it is complete. Each shard of a table repeats the header, parquet shards keep the schema,
+    gzip input gives gzip shards, and an array (.json) becomes .jsonl.
     """
     file = InputFile(path, path.name)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,7 @@ def split(path: Path, output_dir: Path, rows_per_shard: int) -> list[Path]:
 
 
 class _Namer:
-    """The paths of shards: numbered, so that they sort."""
+    """Makes the paths of shards: numbered with leading zeros, so that they sort."""
 
     def __init__(self, folder: Path, name: str, suffix: str) -> None:
         self._folder, self._name, self._suffix, self.n = folder, name, suffix, 0
@@ -48,7 +49,7 @@ class _Namer:
 
 
 def _raw_rows(file: InputFile, source: Source) -> tuple[str, bytes, Iterator[bytes]]:
-    """Return (the shards' suffix, what each begins with, the rows as bytes)."""
+    """Return (suffix of the shards, header of each shard, rows as bytes)."""
     if file.format == ".json":
         rows = read_rows(file, source, ROW_BYTES, lambda names: names, lambda value: [value])
         return ".jsonl", b"", (json.dumps(row.value, ensure_ascii=False).encode() + b"\n" for row in rows)
@@ -60,30 +61,30 @@ def _raw_rows(file: InputFile, source: Source) -> tuple[str, bytes, Iterator[byt
 
 def _whole(line: bytes | None) -> bytes:
     if line is None:
-        raise BadFile(f"a row has more than {ROW_BYTES} bytes", code="row_too_large")
+        raise BadFile(f"a row must have at most {ROW_BYTES} bytes", code="row_too_large")
     return line
 
 
 def _records(source: Source, delimiter: str) -> Iterator[bytes]:
-    """Yield a table's records as the bytes that they are, quoted line breaks and all."""
-    taken: list[bytes] = []
+    """Yield a table's records as unchanged bytes, including quoted line breaks."""
+    record_lines: list[bytes] = []
 
     def lines() -> Iterator[str]:
         for line in source.lines(ROW_BYTES):
-            taken.append(_whole(line) + b"\n")
-            yield taken[-1].decode("utf-8", "surrogateescape")
+            record_lines.append(_whole(line) + b"\n")
+            yield record_lines[-1].decode("utf-8", "surrogateescape")
 
     csv.field_size_limit(ROW_BYTES)
-    for cells in csv.reader(lines(), delimiter=delimiter):  # not strict: what is wrong is for scoring to say
+    for cells in csv.reader(lines(), delimiter=delimiter):  # not strict: scoring reports errors
         if cells:
-            yield b"".join(taken)
-        taken.clear()
+            yield b"".join(record_lines)
+        record_lines.clear()
 
 
 def _write_shards(
     rows: Iterable[bytes], header: bytes, rows_per_shard: int, namer: _Namer, opener: Callable[..., Any]
 ) -> list[Path]:
-    done: list[Path] = []
+    shards: list[Path] = []
     n = rows_per_shard
     with ExitStack() as shard:
         file: IO[bytes] | None = None
@@ -91,36 +92,32 @@ def _write_shards(
             if n == rows_per_shard:
                 shard.close()
                 path, n = namer.next(), 0
-                beside = path.with_name(f".{path.name}.tmp")
-                shard.callback(_place, beside, path, done)
-                file = shard.enter_context(opener(beside, "wb"))
+                temporary = path.with_name(f".{path.name}.tmp")
+                shard.callback(_publish, temporary, path, shards)
+                file = shard.enter_context(opener(temporary, "wb"))
                 file.write(header)
             assert file is not None
             file.write(row)
             n += 1
-    return done
+    return shards
 
 
-def _place(beside: Path, path: Path, done: list[Path]) -> None:
-    beside.replace(path)
-    done.append(path)
+def _publish(temporary: Path, path: Path, shards: list[Path]) -> None:
+    temporary.replace(path)
+    shards.append(path)
 
 
 def _split_parquet(path: Path, output_dir: Path, rows_per_shard: int) -> list[Path]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as exc:
-        raise BadFile("parquet needs pyarrow: pip install 'mptserve[batch]'", code="missing_package") from exc
-    namer, done = _Namer(output_dir, path.stem, ".parquet"), list[Path]()
+    pyarrow = import_pyarrow()
+    namer, shards = _Namer(output_dir, path.stem, ".parquet"), list[Path]()
     try:
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False) as file:
-            # batches end with row groups, so a shard may hold fewer rows than asked for, never more
+            # batches end at row groups, so a shard may have fewer rows than requested, never more
             for batch in file.iter_batches(rows_per_shard, use_threads=False):
                 shard = namer.next()
-                beside = shard.with_name(f".{shard.name}.tmp")
-                pyarrow.parquet.write_table(pyarrow.Table.from_batches([batch]), beside)
-                _place(beside, shard, done)
+                temporary = shard.with_name(f".{shard.name}.tmp")
+                pyarrow.parquet.write_table(pyarrow.Table.from_batches([batch]), temporary)
+                _publish(temporary, shard, shards)
     except (pyarrow.ArrowException, OSError, ValueError) as exc:
-        raise BadFile("this is no whole parquet file", code="invalid_parquet") from exc
-    return done
+        raise BadFile("not a valid parquet file, or truncated", code="invalid_parquet") from exc
+    return shards

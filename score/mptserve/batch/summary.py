@@ -1,7 +1,7 @@
-"""What became of each file and of the whole job: counts, tokens, seconds, errors by kind; and what need not run again.
+"""Summaries of files and of the whole job: counts, tokens, seconds, errors by code; and which files are done.
 
-Each file's summary stands in `_summary/` of the output folder, written after its results: the file is done when it is
-there and still fits. `summary.json` adds them up.
+A file's summary is in `_summary/` of the output folder and is written after its results. A file is done when its
+summary exists and matches the file's content, the job and the results. `summary.json` has the sums over all files.
 """
 
 import json
@@ -17,13 +17,13 @@ from mptserve.batch.files import InputFile
 
 FOLDER = "_summary"
 WHOLE_JOB = "summary.json"
-WORTH_ANOTHER_TRY = {"generation_failed", "engine_failed", "unreadable_file", "missing_package", "unavailable"}
-"""Errors that another run may not meet; a row that breaks a rule will break it again."""
+RETRIED_ERRORS = {"generation_failed", "engine_failed", "unreadable_file", "missing_package", "unavailable"}
+"""Error codes that may not occur in another run; files with them are scored again. An invalid row stays invalid."""
 
 
 @dataclass
 class Tally:
-    """The numbers of one file, or of all."""
+    """The counts of one file, or of all files."""
 
     rows: int = 0
     failed_rows: int = 0
@@ -46,66 +46,68 @@ class Tally:
         return {name: dict(v) if isinstance(v, Counter) else v for name, v in vars(self).items()}
 
 
-def tally(found: dict[str, Any]) -> Tally:
-    """Return the tally in a summary that was read."""
-    read = Tally()
-    for name in vars(read):
-        value = found[name]
-        setattr(read, name, Counter(value) if isinstance(value, dict) else value)
-    return read
+def tally(summary: dict[str, Any]) -> Tally:
+    """Return the tally that a summary holds."""
+    result = Tally()
+    for name in vars(result):
+        value = summary[name]
+        setattr(result, name, Counter(value) if isinstance(value, dict) else value)
+    return result
 
 
 class Summaries:
-    """The summaries in one output folder. `job`: what else results depend on; other values make them stale."""
+    """The summaries of one output folder. `job`: settings and model; summaries with other values are stale."""
 
     def __init__(self, output_dir: Path, job: dict[str, Any]) -> None:
         self.output_dir, self.job = output_dir, job
         self._folder = output_dir / FOLDER
 
     def of(self, file: InputFile, results: Path, digest: str) -> dict[str, Any] | None:
-        """Return the file's summary if its results are whole, belong to this content and job, and need no other try."""
+        """Return the file's summary if its results are complete, match content and job, and have no retried error."""
         try:
-            found: dict[str, Any] = json.loads(self._path(file).read_text(encoding="utf-8"))
+            summary: dict[str, Any] = json.loads(self._path(file).read_text(encoding="utf-8"))
             size = results.stat().st_size
         except (OSError, ValueError):
             return None
-        fits = (found.get("digest"), found.get("job"), found.get("bytes")) == (digest, self.job, size)
-        return found if fits and not WORTH_ANOTHER_TRY & found["errors"].keys() else None
+        fits = (summary.get("digest"), summary.get("job"), summary.get("bytes")) == (digest, self.job, size)
+        return summary if fits and not RETRIED_ERRORS & summary["errors"].keys() else None
 
-    def write(self, file: InputFile, results: Path, digest: str, n_bytes: int, told: dict[str, Any]) -> dict[str, Any]:
+    def write(
+        self, file: InputFile, results: Path, digest: str, n_bytes: int, outcome: dict[str, Any]
+    ) -> dict[str, Any]:
         """Write the file's summary and return it."""
-        found = {
+        summary = {
             "file": file.name,
             "results": results.relative_to(self.output_dir).as_posix(),
-            **told,
+            **outcome,
             "bytes": n_bytes,
             "digest": digest,
             "job": self.job,
         }
-        _write(self._path(file), found)
-        return found
+        _write(self._path(file), summary)
+        return summary
 
     def write_whole(self) -> dict[str, Any]:
-        """Add up all files' summaries into `summary.json` and return it.
+        """Write the sum of all files' summaries to `summary.json` and return it.
 
-        Several workers may do so at once: each looks again after writing, so the last one has seen everything.
+        Several workers may do this at once. Each lists the summaries again after writing, so the last one counts all.
         """
         while True:
             paths = sorted(self._folder.rglob("*.json")) if self._folder.is_dir() else []
-            found = whole([json.loads(path.read_text(encoding="utf-8")) for path in paths])
-            _write(self.output_dir / WHOLE_JOB, found)
+            summary = whole([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+            _write(self.output_dir / WHOLE_JOB, summary)
             if len(list(self._folder.rglob("*.json"))) == len(paths):
-                return found
+                return summary
 
     def _path(self, file: InputFile) -> Path:
         return self._folder / f"{file.name}.json"
 
 
 def whole(files: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the sum of files' summaries; `seconds`: from the first file's begin to the last one's end."""
+    """Return the sum of files' summaries. `seconds`: from the first file's start to the last file's end."""
     total = Tally()
-    for found in files:
-        total.add(tally(found))
+    for summary in files:
+        total.add(tally(summary))
     begin = min((f["started"] for f in files), default=0.0)
     seconds = max((f["ended"] for f in files), default=0.0) - begin
     return {
@@ -120,14 +122,14 @@ def whole(files: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _write(path: Path, value: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    with beside.open("w", encoding="utf-8") as file:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
-    beside.replace(path)
+    temporary.replace(path)
 
 
 def now() -> float:
-    """Return the time of day in seconds since 1970, which several machines share, unlike the monotonic clock."""
+    """Return the seconds since 1970: unlike the monotonic clock, comparable between machines."""
     return round(time.time(), 3)

@@ -1,6 +1,6 @@
-"""`mptserve check`: finds mistakes in Azure ML's YAML before Azure does, offline.
+"""`mptserve check`: finds mistakes in Azure ML YAML files offline, before they are sent to Azure.
 
-Microsoft's own loader (loader.py) and our rules (rules.py), file by file:
+Checks each file with Microsoft's loader (loader.py) and with this package's rules (rules.py):
 
     document.py ─▶ loader.py, *_rules.py, files.py, variables.py, sizes.py ─▶ problems, each with line, rule and fix
 """
@@ -17,12 +17,12 @@ __all__ = ["RULES", "Problem", "SdkMissing", "check_file", "yaml_files"]
 
 
 def yaml_files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Yield the files, and the YAML files below the folders except hidden and conda ones; raises FileNotFoundError."""
+    """Yield the files, and the YAML files in the folders without hidden and conda files; raises FileNotFoundError."""
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml") and p.is_file())
-            hidden = {p for p in found if any(part.startswith(".") for part in p.relative_to(path).parts)}
-            yield from (p for p in found if p not in hidden and not _is_conda(p))
+            yaml_paths = sorted(p for p in path.rglob("*") if p.suffix in (".yml", ".yaml") and p.is_file())
+            hidden = {p for p in yaml_paths if any(part.startswith(".") for part in p.relative_to(path).parts)}
+            yield from (p for p in yaml_paths if p not in hidden and not _is_conda(p))
         elif path.exists():
             yield path
         else:
@@ -30,25 +30,25 @@ def yaml_files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def check_file(path: Path, changes: Mapping[str, str] | None = None, *, sdk: bool = True) -> list[Problem]:
-    """Return what is wrong with one file, by line.
+    """Return the problems of one file, sorted by line.
 
-    changes: as az's `--set`.  sdk: also ask azure-ai-ml; raises SdkMissing where it is not installed.
+    changes: as az's `--set`.  sdk: also load it with azure-ai-ml; raises SdkMissing when that is not installed.
     """
     try:
         document = read_document(path, changes)
     except NotReadable as exc:
         return [exc.problem]
-    found = [
-        Problem(path, line, "duplicate-key", f"`{key}` comes a second time", "keep one: the last would win")
+    problems = [
+        Problem(path, line, "duplicate-key", f"`{key}` occurs twice", "keep one: the last one would count")
         for line, key in document.duplicates
     ]
     kind = document.kind
     if kind is None:
-        said = "nothing says what this file describes"
-        found.append(Problem(path, 1, "kind", said, "begin with $schema, as the files in endpoint/ do"))
+        message = "the kind of this file is unclear"
+        problems.append(Problem(path, 1, "kind", message, "start it with $schema, as the files in endpoint/ do"))
     elif kind != "other":
-        found += _check(document, kind, sdk)
-    return sorted(p for p in set(found) if (p.path, p.line, p.rule) not in document.allowed)
+        problems += _check(document, kind, sdk)
+    return sorted(p for p in set(problems) if (p.path, p.line, p.rule) not in document.allowed)
 
 
 def _check(document: Document, kind: str, sdk: bool) -> Iterator[Problem]:
@@ -59,6 +59,6 @@ def _check(document: Document, kind: str, sdk: bool) -> Iterator[Problem]:
 
 
 def _is_conda(path: Path) -> bool:
-    """Whether a file found in a folder is a conda file, which Azure reads only through an environment that names it."""
+    """Whether a file in a folder is a conda file: Azure reads those only through the environment that names them."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return any(line.startswith("dependencies:") for line in lines)

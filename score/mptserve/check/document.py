@@ -1,7 +1,7 @@
-"""One YAML file as values that know their line, with an overlay or `--set` changes applied.
+"""A YAML file with the line of every value; overlays and `--set` changes are applied.
 
-A comment `# over: FILE` makes a file an overlay: it is checked as FILE with the overlay's keys put over it. A comment
-`# allow: RULE` at the end of a line accepts what that rule says about that line.
+A comment `# over: FILE` makes a file an overlay: the check merges its keys into FILE. A comment `# allow: RULE` at the
+end of a line suppresses that rule's problems on that line.
 """
 
 import itertools
@@ -16,7 +16,7 @@ import yaml
 from mptserve.check.problem import Problem
 
 Pointer = tuple[str | int, ...]
-"""Where a value lies: the keys and list positions from the top."""
+"""The path to a value: keys and list indices from the top."""
 
 _KINDS = {
     "managedOnlineEndpoint": "online endpoint",
@@ -28,11 +28,11 @@ _KINDS = {
     "environment": "environment",
 }
 OTHER_KINDS = ("kubernetesOnline", "pipeline", "command", "data", "schedule", "compute", "workspace", "component")
-"""Schemas of Azure ML that describe something else than what this package deploys; such files are left alone."""
+"""Schemas of Azure ML for things that this package does not deploy; such files are not checked."""
 
 
 class NotReadable(Exception):
-    """The file cannot be taken apart; `problem` says where and why."""
+    """The file cannot be parsed; `problem` says where and why."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(str(problem))
@@ -41,12 +41,16 @@ class NotReadable(Exception):
 
 @dataclass(frozen=True)
 class Document:
-    """A parsed file. `folder` is what its relative paths start from: of the base, for an overlay."""
+    """A parsed file.
+
+    folder: what relative paths start from; the base's folder for an overlay.  locations: (file, line) of every value.
+    duplicates: (line, key).  allowed: (file, line, rule).
+    """
 
     path: Path
     folder: Path
     value: dict[str, Any]
-    places: dict[Pointer, tuple[Path, int]]
+    locations: dict[Pointer, tuple[Path, int]]
     duplicates: tuple[tuple[int, str], ...] = ()
     allowed: frozenset[tuple[Path, int, str]] = frozenset()
 
@@ -60,19 +64,19 @@ class Document:
             at = at[key]
         return at
 
-    def place(self, *pointer: str | int) -> tuple[Path, int]:
-        """Return file and line of the value, or of the nearest one above it that was written down."""
-        while pointer and pointer not in self.places:
+    def location(self, *pointer: str | int) -> tuple[Path, int]:
+        """Return file and line of the value, or of its nearest parent in the file."""
+        while pointer and pointer not in self.locations:
             pointer = pointer[:-1]
-        return self.places.get(pointer, (self.path, 1))
+        return self.locations.get(pointer, (self.path, 1))
 
     def problem(self, pointer: Pointer, rule: str, message: str, fix: str) -> Problem:
-        path, line = self.place(*pointer)
+        path, line = self.location(*pointer)
         return Problem(path, line, rule, message, fix)
 
     @property
     def kind(self) -> str | None:
-        """Return what the file describes, by its `$schema`, else by the keys that only one kind has; None: unclear."""
+        """Return the kind of the file: by its `$schema`, else by keys that only one kind has; None if unclear."""
         schema = str(self.value.get("$schema", "")).rsplit("/", 1)[-1].partition(".")[0]
         if schema in _KINDS:
             return _KINDS[schema]
@@ -92,10 +96,10 @@ class Document:
 
 
 def read_document(path: Path, changes: Mapping[str, str] | None = None) -> Document:
-    """Return the file at `path`, its `changes` (as in az's `--set a.b=c`) applied; raises NotReadable."""
+    """Return the file at `path` with `changes` (as in az's `--set a.b=c`) applied; raises NotReadable."""
     document = _with_overlay(_parse(path))
     for name, text in (changes or {}).items():
-        # az hands on texts, of which the loader makes numbers where they are due: nowhere in a dict of variables
+        # az passes strings; the loader converts them to numbers where the schema wants numbers, so not for variables
         number = re.fullmatch(r"-?\d+", text) and "environment_variables" not in name
         _set(document.value, name, int(text) if number else text)
     return document
@@ -110,22 +114,22 @@ def _parse(path: Path) -> Document:
         raise NotReadable(Problem(path, 1, "yaml", f"cannot be read: {exc}", "give a YAML file in UTF-8")) from exc
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
-        said = getattr(exc, "problem", None) or str(exc)
+        message = getattr(exc, "problem", None) or str(exc)
         line = mark.line + 1 if mark else 1
         raise NotReadable(
-            Problem(path, line, "yaml", f"is no YAML: {said}", "mind the indentation and quotes")
+            Problem(path, line, "yaml", f"not valid YAML: {message}", "check the indentation and quotes")
         ) from exc
     if not isinstance(value, dict) or node is None:
-        said = f"must hold keys and values, got {type(value).__name__}"
-        raise NotReadable(Problem(path, 1, "yaml", said, "give one object a file"))
-    places: dict[Pointer, tuple[Path, int]] = {(): (path, 1)}
+        message = f"must be a mapping of keys and values, got {type(value).__name__}"
+        raise NotReadable(Problem(path, 1, "yaml", message, "write one object per file"))
+    locations: dict[Pointer, tuple[Path, int]] = {(): (path, 1)}
     duplicates: list[tuple[int, str]] = []
     try:
-        found = list(_walk(node, ()))
+        nodes = list(_walk(node, ()))
     except RecursionError as exc:
-        raise NotReadable(Problem(path, 1, "yaml", "contains itself", "remove the alias")) from exc
-    for pointer, line, again in found:
-        places[pointer] = (path, line)
+        raise NotReadable(Problem(path, 1, "yaml", "an alias contains itself", "remove the alias")) from exc
+    for pointer, line, again in nodes:
+        locations[pointer] = (path, line)
         if again:
             duplicates.append((line, str(pointer[-1])))
     allowed = {
@@ -134,11 +138,11 @@ def _parse(path: Path) -> Document:
         for rules in re.findall(r"# allow: ([a-z0-9-]+(?:, *[a-z0-9-]+)*)", line)
         for rule in re.split(", *", rules)
     }
-    return Document(path, path.parent, value, places, tuple(duplicates), frozenset(allowed))
+    return Document(path, path.parent, value, locations, tuple(duplicates), frozenset(allowed))
 
 
 def _walk(node: yaml.Node, at: Pointer) -> Iterator[tuple[Pointer, int, bool]]:
-    """Yield every value's pointer, the line of its key, and whether that key was there before."""
+    """Yield (pointer, line of its key, whether the key is a duplicate) of every value."""
     if isinstance(node, yaml.MappingNode):
         seen = set()
         for key, child in node.value:
@@ -153,19 +157,21 @@ def _walk(node: yaml.Node, at: Pointer) -> Iterator[tuple[Pointer, int, bool]]:
 
 
 def _with_overlay(document: Document) -> Document:
-    """Return the document, put over its base when a comment in its head names one."""
+    """Return the document, merged into its base if a comment `# over: FILE` names one."""
     head = document.path.read_text(encoding="utf-8")
-    found = re.search(r"^# over: (\S+)$", head, flags=re.MULTILINE)
-    if not found:
+    overlay_line = re.search(r"^# over: (\S+)$", head, flags=re.MULTILINE)
+    if not overlay_line:
         return document
-    base_path = document.path.parent / found[1]
+    base_path = document.path.parent / overlay_line[1]
     if not base_path.is_file():
-        line = head[: found.start()].count("\n") + 1
-        said = f"lies over {found[1]}, which is not there"
-        raise NotReadable(Problem(document.path, line, "file-missing", said, "give its path from this file's folder"))
+        line = head[: overlay_line.start()].count("\n") + 1
+        message = f"the base {overlay_line[1]} of this overlay does not exist"
+        raise NotReadable(
+            Problem(document.path, line, "file-missing", message, "give its path relative to this file's folder")
+        )
     base = _with_overlay(_parse(base_path))
-    value, places = _merged(base.value, document.value), base.places | document.places
-    return Document(document.path, base.folder, value, places, document.duplicates, base.allowed | document.allowed)
+    value, locations = _merged(base.value, document.value), base.locations | document.locations
+    return Document(document.path, base.folder, value, locations, document.duplicates, base.allowed | document.allowed)
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +184,7 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _set(value: dict[str, Any], name: str, new: Any) -> None:
-    """Put `new` at the dotted place, as az's `--set` does; `a[0].b` reaches into lists."""
+    """Set the value at a dotted path, as az's `--set` does; `a[0].b` addresses list items."""
     keys = [int(part) if part.isdigit() else part for part in re.split(r"\.|\[|\]\.?", name) if part]
     at: Any = value
     for key, following in itertools.pairwise(keys):

@@ -1,4 +1,4 @@
-"""Microsoft's own loader of the YAML, from the azure-ai-ml package (the extra `azure`)."""
+"""Loads the YAML with Microsoft's loader, from the package azure-ai-ml (the extra `azure`)."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ _PAGES = {
 
 
 _INSTALL = "pip install 'azure-ai-ml>=1.30,<2' 'azureml-inference-server-http>=1.5.1,<2'"
-"""Both at once: alone, the first brings a newer OpenTelemetry than the second can be used with."""
+"""Both in one command: azure-ai-ml alone would install a newer OpenTelemetry than the server supports."""
 
 
 class SdkMissing(Exception):
@@ -33,9 +33,9 @@ class SdkMissing(Exception):
 
 
 def load_with_sdk(document: Document) -> Iterator[Problem]:
-    """Yield what azure-ai-ml refuses in the document, at the line it speaks of; raises SdkMissing.
+    """Yield what azure-ai-ml refuses in the document, with the line; raises SdkMissing.
 
-    It is given the merged values, so that overlays and `--set` count, and the base's folder for relative paths.
+    The loader gets the merged values, with overlays and `--set`, and the base's folder for relative paths.
     """
     load = _loader(document)
     text = io.StringIO(yaml.safe_dump(document.value, sort_keys=False))
@@ -44,17 +44,17 @@ def load_with_sdk(document: Document) -> Iterator[Problem]:
             load(text, relative_origin=str(document.folder / document.path.name))
     except SdkMissing:
         raise
-    except Exception as exc:  # it raises marshmallow's, its own and bare ones
+    except Exception as exc:  # marshmallow's exceptions, its own, and plain Exception
         fix = f"see {_REFERENCE}-{_PAGES[str(document.kind)]}"
-        for pointer, message in _said(exc, document):
+        for pointer, message in _complaints(exc, document):
             yield document.problem(pointer, "azure-sdk", f"azure-ai-ml refuses it: {message}", fix)
 
 
 def _loader(document: Document) -> Any:
     """Return the load function of the document's kind.
 
-    The public `load_batch_deployment` refuses `settings:`, which Azure's own documentation uses; only a private
-    function takes it (azure-sdk-for-python#33044, #41952).
+    The public `load_batch_deployment` refuses `settings:`, which Azure's documentation uses; only a private
+    function accepts it (azure-sdk-for-python#33044, #41952).
     """
     try:
         with _quiet():
@@ -75,7 +75,7 @@ def _loader(document: Document) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back the SDK's deprecation warnings about itself and its log lines."""
+    """Suppress the SDK's log lines and its deprecation warnings."""
     logger = logging.getLogger("azure.ai.ml")
     level = logger.level
     with warnings.catch_warnings():
@@ -87,16 +87,16 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _said(exc: Exception, document: Document) -> list[tuple[Pointer, str]]:
-    """Return (where, what) of everything that the loader complains of; the SDK wraps its findings as JSON in prose."""
+def _complaints(exc: Exception, document: Document) -> list[tuple[Pointer, str]]:
+    """Return (pointer, message) of everything that the loader refuses; the SDK embeds it as JSON in its error text."""
     messages = getattr(exc, "messages", None)
     if isinstance(messages, dict):
         return list(_flat(messages, (), document))
     text = str(exc)
-    found = re.search(r"\{.*\}", text, flags=re.DOTALL)
-    if found:
+    json_part = re.search(r"\{.*\}", text, flags=re.DOTALL)
+    if json_part:
         with contextlib.suppress(yaml.YAMLError):
-            parsed = yaml.safe_load(found[0])
+            parsed = yaml.safe_load(json_part[0])
             if isinstance(parsed, dict) and (flat := list(_flat(parsed, (), document))):
                 return flat
     plain = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", text).split())
@@ -104,9 +104,9 @@ def _said(exc: Exception, document: Document) -> list[tuple[Pointer, str]]:
 
 
 def _flat(messages: Any, at: Pointer, document: Document) -> Iterator[tuple[Pointer, str]]:
-    """Yield the leaves of marshmallow's nested messages; `_schema` stands for the object itself.
+    """Yield the leaves of marshmallow's nested messages. The key `_schema` means the object itself.
 
-    Where several forms are possible, a reference or an object, it complains once for each: the last is the object's.
+    Where a value may be a reference or an object, marshmallow reports an error for each form; the last is the object's.
     """
     if isinstance(messages, dict):
         for key, below in messages.items():
@@ -115,6 +115,6 @@ def _flat(messages: Any, at: Pointer, document: Document) -> Iterator[tuple[Poin
         forms = [m for m in messages if isinstance(m, dict)]
         yield from _flat(forms[-1] if isinstance(document.get(*at), dict) else forms[0], at, document)
     elif isinstance(messages, list) and messages:
-        where = ".".join(map(str, at))
-        said = "; ".join(" ".join(str(m).split()) for m in messages)[:300].rstrip(".: ")
-        yield at, f"{where}: {said}" if where else said
+        name = ".".join(map(str, at))
+        complaint = "; ".join(" ".join(str(m).split()) for m in messages)[:300].rstrip(".: ")
+        yield at, f"{name}: {complaint}" if name else complaint

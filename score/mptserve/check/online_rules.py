@@ -1,4 +1,4 @@
-"""Rules for the numbers of an online deployment, which must fit one another: times, threads, probes, instances."""
+"""Rules for the numbers of an online deployment and how they relate: times, threads, probes, instances."""
 
 import itertools
 import math
@@ -14,22 +14,22 @@ from mptserve.check.skus import BYTES
 from mptserve.settings import Settings
 
 MAX_TIMEOUT_MS = 180_000
-"""Azure's limit of request_timeout_ms; its default, 5000, ends an answer of a 7B model after some hundred tokens."""
+"""Azure's limit of request_timeout_ms. Its default, 5000, cuts a 7B model off after some hundred tokens."""
 SPARE_THREADS = 4
-"""For the probes, /metrics and callers that are being refused, beside 2 × concurrency that Azure may send."""
+"""For probes, /metrics and refused callers, beside the 2 × concurrency requests that Azure may send."""
 LOAD_GB_PER_S = 0.05
-"""A slow disk: what to expect at least of the copy that Azure mounts, for which it promises no speed."""
+"""Assumed minimum read speed of the mounted model; Azure does not specify one."""
 START_S = 60
-"""Python, PyTorch, the tokenizer and the warm-up."""
+"""Start of Python and PyTorch, loading of the tokenizer, and the warm-up."""
 
 
 def whole(value: Any) -> int | None:
-    """Return the value if it is a whole number; the loader complains of others."""
+    """Return the value if it is a whole number, else None; the SDK reports other types."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def check_times(document: Document) -> Iterator[Problem]:
-    """deadline < request timeout <= 180 s, and a worker that is told to stop finishes within a deadline."""
+    """deadline < request timeout <= 180 s, and a worker that stops has time to finish its requests."""
     at = ("request_settings", "request_timeout_ms")
     timeout = whole(document.get(*at))
     if timeout is None:
@@ -43,17 +43,19 @@ def check_times(document: Document) -> Iterator[Problem]:
             at,
             "request-timeout",
             f"request_timeout_ms {timeout} is outside 1 to {MAX_TIMEOUT_MS}",
-            "Azure ends at 180 s",
+            "set 180000 or less",
         )
     if document.get("request_settings", "max_queue_wait_ms") is not None:
-        where = ("request_settings", "max_queue_wait_ms")
-        yield document.problem(where, "queue-wait", "max_queue_wait_ms has no effect any more", "remove the line")
+        wait_pointer = ("request_settings", "max_queue_wait_ms")
+        yield document.problem(
+            wait_pointer, "queue-wait", "max_queue_wait_ms no longer has an effect", "remove the line"
+        )
     deadline = _number(env(document, "MPT_DEADLINE_MS"), Settings.deadline_ms)
     if deadline >= timeout:
         yield document.problem(
-            env_place("MPT_DEADLINE_MS"),
+            env_pointer("MPT_DEADLINE_MS"),
             "deadline",
-            f"MPT_DEADLINE_MS {deadline} is not below request_timeout_ms {timeout}: callers get 408 and no text",
+            f"MPT_DEADLINE_MS {deadline} is not below request_timeout_ms {timeout}: callers would get 408 and no text",
             f'set MPT_DEADLINE_MS: "{max(timeout - 10_000, timeout // 2)}"',
         )
     if not served_by_host(document):
@@ -61,62 +63,68 @@ def check_times(document: Document) -> Iterator[Problem]:
     graceful = _number(_flag(document, "--graceful-timeout"), 30)
     if graceful * 1000 < min(deadline, timeout):
         yield document.problem(
-            env_place("GUNICORN_CMD_ARGS"),
+            env_pointer("GUNICORN_CMD_ARGS"),
             "graceful-timeout",
-            f"a stopping worker cuts requests off after {graceful} s, but they may take {min(deadline, timeout)} ms",
+            f"a worker that stops ends its requests after {graceful} s, but they may take {min(deadline, timeout)} ms",
             f"add --graceful-timeout {-(-min(deadline, timeout) // 1000)} to GUNICORN_CMD_ARGS",
         )
 
 
 def check_host(document: Document) -> Iterator[Problem]:
-    """One process, one engine, threads enough that a health probe never waits behind generations."""
+    """One process, one engine, and enough threads that a health probe never waits for generations."""
     at = ("request_settings", "max_concurrent_requests_per_instance")
     concurrency = whole(document.get(*at))
     if concurrency is None:
         if document.get(*at) is None:
-            said = "max_concurrent_requests_per_instance is missing; with Azure's 1 the engine would batch nothing"
-            yield document.problem(at, "concurrency", said, "set it to MPT_MAX_ROWS")
+            message = (
+                "max_concurrent_requests_per_instance is missing; Azure's default is 1, so nothing would be batched"
+            )
+            yield document.problem(at, "concurrency", message, "set it to MPT_MAX_ROWS")
         concurrency = 1
     elif concurrency < 1:
-        yield document.problem(at, "concurrency", f"{concurrency} requests at a time is none", "set it to MPT_MAX_ROWS")
+        yield document.problem(
+            at, "concurrency", f"max_concurrent_requests_per_instance is {concurrency}", "set it to MPT_MAX_ROWS"
+        )
     if not served_by_host(document):
         return
-    arguments, where = env(document, "GUNICORN_CMD_ARGS") or "", env_place("GUNICORN_CMD_ARGS")
+    arguments, arguments_pointer = env(document, "GUNICORN_CMD_ARGS") or "", env_pointer("GUNICORN_CMD_ARGS")
     kind = _flag(document, "--worker-class") or _flag(document, "-k")
     needed = 2 * concurrency + SPARE_THREADS
     advice = f"--worker-class gthread --threads {2 * concurrency + 8}"
     if kind not in (None, "gthread") or (kind is None and "--threads" not in arguments):
         yield document.problem(
-            where,
+            arguments_pointer,
             "host-threads",
-            "without gunicorn's gthread worker one generation blocks every request and the health probe",
+            "without gunicorn's gthread worker, one generation blocks all other requests and the health probe",
             f"put {advice} into GUNICORN_CMD_ARGS",
         )
     elif (threads := _number(_flag(document, "--threads"), 1)) < needed:
         yield document.problem(
-            where,
+            arguments_pointer,
             "host-threads",
-            f"{threads} threads for {concurrency} concurrent requests, of which Azure sends up to {2 * concurrency}: "
+            f"{threads} threads, but Azure sends up to {2 * concurrency} requests (2 × {concurrency}): "
             "the health probe would wait",
             f"put {advice} into GUNICORN_CMD_ARGS",
         )
     if env(document, "WORKER_COUNT") not in (None, "1"):
         yield document.problem(
-            env_place("WORKER_COUNT"),
+            env_pointer("WORKER_COUNT"),
             "host-workers",
-            "every worker loads the model again, and requests of two workers are never batched together",
-            'set WORKER_COUNT: "1" and more instances',
+            "each worker loads its own copy of the model, and requests of different workers are not batched together",
+            'set WORKER_COUNT: "1" and use more instances',
         )
     if str(env(document, "WORKER_PRELOAD") or "").lower() in ("true", "1"):
-        said = "WORKER_PRELOAD forks a process away from its engine, which then answers nothing"
-        yield document.problem(env_place("WORKER_PRELOAD"), "host-preload", said, "remove it")
+        message = "WORKER_PRELOAD loads the model before gunicorn forks, and the forked worker has no running engine"
+        yield document.problem(env_pointer("WORKER_PRELOAD"), "host-preload", message, "remove it")
     if env(document, "SCORING_TIMEOUT_MS") is not None:
-        said = "SCORING_TIMEOUT_MS does nothing in a gthread worker"
-        yield document.problem(env_place("SCORING_TIMEOUT_MS"), "scoring-timeout", said, "use MPT_DEADLINE_MS instead")
+        message = "SCORING_TIMEOUT_MS has no effect in a gthread worker"
+        yield document.problem(
+            env_pointer("SCORING_TIMEOUT_MS"), "scoring-timeout", message, "use MPT_DEADLINE_MS instead"
+        )
     timeout = whole(document.get("request_settings", "request_timeout_ms")) or 5000
     if _number(env(document, "WORKER_TIMEOUT"), 300) * 1000 < min(timeout, MAX_TIMEOUT_MS):
         yield document.problem(
-            env_place("WORKER_TIMEOUT"),
+            env_pointer("WORKER_TIMEOUT"),
             "worker-timeout",
             f"WORKER_TIMEOUT is shorter than request_timeout_ms {timeout}",
             'set WORKER_TIMEOUT: "300"',
@@ -124,45 +132,45 @@ def check_host(document: Document) -> Iterator[Problem]:
 
 
 def check_insights(document: Document) -> Iterator[Problem]:
-    """With Application Insights on, azmlinfsrv logs every answer's text, and holds streams back to do so."""
+    """With Application Insights on, azmlinfsrv logs the text of every answer, and buffers streams to do so."""
     name = "APP_INSIGHTS_LOG_RESPONSE_ENABLED"
     if (
         str(document.get("app_insights_enabled")).lower() == "true"
         and str(env(document, name) or "true").lower() != "false"
     ):
-        place = env_place(name) if env(document, name) is not None else ("app_insights_enabled",)
+        pointer = env_pointer(name) if env(document, name) is not None else ("app_insights_enabled",)
         yield document.problem(
-            place,
+            pointer,
             "app-insights-text",
-            "Application Insights gets the text of every answer, and streams arrive in one piece",
+            "Application Insights would receive the text of every answer, and streams would arrive in one piece",
             f'set {name}: "false"',
         )
 
 
 def check_instances(document: Document) -> Iterator[Problem]:
-    """Azure allows 50 instances; the SDK takes any number, or none."""
+    """Azure allows 1 to 50 instances; the SDK accepts any number, or none."""
     count = document.get("instance_count")
     if count is None:
         yield document.problem(
             ("instance_count",), "instance-count", "instance_count is missing", "set instance_count: 1"
         )
     elif whole(count) is not None and not 1 <= count <= 50:
-        said = f"{count} instances; a deployment has 1 to 50"
-        yield document.problem(("instance_count",), "instance-count", said, "set 1 to 50")
+        message = f"{count} instances; a deployment has 1 to 50"
+        yield document.problem(("instance_count",), "instance-count", message, "set 1 to 50")
     scaling = document.get("scale_settings", "type")
     if scaling not in (None, "default"):
-        said = f"`{scaling}` scaling is for Kubernetes; managed endpoints scale by Azure Monitor"
+        message = f"`{scaling}` is for Kubernetes; Azure Monitor scales managed deployments"
         yield document.problem(
-            ("scale_settings", "type"), "scale-settings", said, "remove it; see overlays/autoscale.json"
+            ("scale_settings", "type"), "scale-settings", message, "remove it; see overlays/autoscale.json"
         )
 
 
 _PROBE = {"initial_delay": 10, "period": 10, "timeout": 2, "success_threshold": 1, "failure_threshold": 30}
-"""Azure's defaults; seconds, and counts. The smallest value of each is 1."""
+"""Azure's defaults, in seconds or counts. The minimum of each is 1."""
 
 
 def check_probes(document: Document) -> Iterator[Problem]:
-    """The probe's patience must cover the loading of the model: azmlinfsrv answers only once init() is through."""
+    """A probe must allow enough time to load the model: azmlinfsrv answers only after init() has returned."""
     config = model_config(document)
     for probe in ("liveness_probe", "readiness_probe"):
         number = {}
@@ -172,13 +180,13 @@ def check_probes(document: Document) -> Iterator[Problem]:
                 yield document.problem((probe, key), "probe-value", f"{probe}.{key} is {value}", "set 1 or more")
             number[key] = max(default if value is None else value, 1)
         if number["timeout"] > number["period"]:
-            said = f"{probe} waits {number['timeout']} s for an answer but asks every {number['period']} s"
-            yield document.problem((probe, "timeout"), "probe-timeout", said, "make timeout at most period")
+            message = f"{probe}: the timeout of {number['timeout']} s is longer than the period of {number['period']} s"
+            yield document.problem((probe, "timeout"), "probe-timeout", message, "set timeout to period or less")
         if probe == "liveness_probe" and number["success_threshold"] != 1:
-            said = "a liveness probe succeeds at the first answer"
-            yield document.problem((probe, "success_threshold"), "probe-value", said, "set success_threshold: 1")
+            message = "the success_threshold of a liveness probe must be 1"
+            yield document.problem((probe, "success_threshold"), "probe-value", message, "set success_threshold: 1")
         if config is None or (probe == "liveness_probe" and not served_by_host(document)):
-            continue  # another server may well answer before it has loaded
+            continue  # an image with its own server may answer before the model is loaded
         weights_gb = config.n_parameters * BYTES[model_dtype(document)] / 1e9
         needed = START_S + weights_gb / LOAD_GB_PER_S
         patience = number["initial_delay"] + number["period"] * number["failure_threshold"]
@@ -192,20 +200,20 @@ def check_probes(document: Document) -> Iterator[Problem]:
 
 
 def check_data_collector(document: Document) -> Iterator[Problem]:
-    """Azure itself fills `request` and `response`; others need a call in the scoring script, and ours has none."""
+    """Azure itself fills `request` and `response`; other collections need a call in the scoring script."""
     collections = document.get("data_collector", "collections")
     for name in collections if isinstance(collections, dict) else ():
         if name not in ("request", "response"):
             yield document.problem(
                 ("data_collector", "collections", name),
                 "data-collector",
-                f"nothing would ever be collected in `{name}`: mptserve has no call for it",
-                "collect `request` or `response`, which Azure fills itself",
+                f"`{name}` would stay empty: mptserve collects nothing itself",
+                "use `request` or `response`, which Azure fills",
             )
 
 
 def served_by_host(document: Document) -> bool:
-    """Whether azmlinfsrv runs our code; without code_configuration the image brings a server of its own."""
+    """Whether azmlinfsrv runs the scoring script; without code_configuration the image brings its own server."""
     return document.get("code_configuration") is not None
 
 
@@ -215,8 +223,8 @@ def env(document: Document, name: str) -> str | None:
     return None if value is None else str(value)
 
 
-def env_place(name: str) -> Pointer:
-    """Return the pointer to report a variable at: its own line, or that of `environment_variables`."""
+def env_pointer(name: str) -> Pointer:
+    """Return the pointer of a variable; problems of a missing one are reported at `environment_variables`."""
     return ("environment_variables", name)
 
 

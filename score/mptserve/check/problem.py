@@ -1,4 +1,4 @@
-"""What `mptserve check` reports: a place, a rule, what is wrong and how to put it right."""
+"""What `mptserve check` reports: file and line, rule, message and fix."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, order=True)
 class Problem:
-    """One mistake. Its rule is a key of RULES (rules.py); the message never repeats a secret's value."""
+    """One mistake. `rule` is a key of RULES (rules.py). The message never contains the value of a secret."""
 
     path: Path
     line: int

@@ -1,8 +1,8 @@
-"""The machines that managed online endpoints run on, and what of a model fits them.
+"""The machines of managed online endpoints, and whether a model fits into their memory.
 
-`skus.json` holds the names, cores and GPUs of Microsoft's list (azure-ai-docs, articles/machine-learning,
-reference-managed-online-endpoints-vm-sku-list.md, read in its version of 2023-10-18 with later additions) and the
-memory sizes of the VM series' own pages. Prices differ by region and day, and are left out.
+`skus.json` has names, cores and GPUs from Microsoft's list (azure-ai-docs, articles/machine-learning,
+reference-managed-online-endpoints-vm-sku-list.md, version of 2023-10-18 with later additions), and memory sizes from
+the pages of the VM series. It has no prices, which differ by region and day.
 """
 
 import difflib
@@ -16,16 +16,16 @@ from mptserve.engine.quantization.codes import weight_bytes
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _MIN_TOKENS = 2048
-"""As the engine's own check at start (weights.py): less cache than this, or one context, is not worth starting."""
+"""Minimal KV cache, as in the engine's check at start (placement.py): this many tokens, or one context if shorter."""
 _USABLE = 0.96
-"""Of a GPU's memory: the driver, ECC and the CUDA context keep the rest (a 16 GB T4 shows 15.8 GB, less 0.4)."""
+"""Usable share of a GPU's memory. Driver, ECC and CUDA context take the rest (a 16 GB T4 shows 15.8 GB, less 0.4)."""
 _CPU_USABLE = 0.8
-"""Of a machine's memory: the host, Azure's sidecars, Python and PyTorch have the rest."""
+"""Usable share of a machine's memory. The host, Azure's sidecars, Python and PyTorch take the rest."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of card, or the share of one that a machine has. memory_gb: as sold; capability: CUDA's."""
+    """A GPU model, or a machine's fraction of one. memory_gb: nominal.  capability: CUDA compute capability."""
 
     name: str
     memory_gb: float
@@ -34,7 +34,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Sku:
-    """One VM size. memory_gb: of the machine, in 10^9 bytes."""
+    """A VM size. memory_gb: of the machine, in 10^9 bytes."""
 
     name: str
     cores: int
@@ -44,20 +44,20 @@ class Sku:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """Return what this package can compute in here, the automatic choice first."""
+        """Return the dtypes that this package supports on it, the automatic choice first."""
         if self.gpu is None:
             return ("float32", "bfloat16")
         return ("bfloat16", "float16", "float32") if self.gpu.capability >= 8 else ("float16", "float32")
 
     @property
     def usable_gb(self) -> float:
-        """Return the memory that weights, keys and values may share: of one GPU, for the engine uses one."""
+        """Return the memory for weights, keys and values: of one GPU, since the engine uses one."""
         return self.gpu.memory_gb * _USABLE if self.gpu else self.memory_gb * _CPU_USABLE
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What a model needs in a dtype and what is left for keys and values; all in 10^9 bytes."""
+    """The memory that a model needs in a dtype, in 10^9 bytes. context: the model's, in tokens."""
 
     weights_gb: float
     kv_gb_per_token: float
@@ -66,7 +66,7 @@ class Fit:
 
     @property
     def tokens(self) -> int:
-        """Return how many tokens' keys and values fit beside the weights; negative: not even the weights do."""
+        """Return how many tokens' keys and values fit beside the weights; negative if the weights alone do not fit."""
         return int((self.usable_gb - self.weights_gb) * 0.9 / self.kv_gb_per_token)
 
     @property
@@ -75,7 +75,7 @@ class Fit:
 
 
 def fit(config: MPTConfig, sku: Sku, dtype: str) -> Fit:
-    """Return how `config` fits `sku` in `dtype`, by the arithmetic of the engine's preflight."""
+    """Return how `config` in `dtype` fits `sku`, calculated as in the engine's preflight."""
     kv_bytes = BYTES[dtype] if sku.gpu else 4  # keys and values are float32 on a CPU
     return Fit(
         weight_bytes(config, config.quant, BYTES[dtype]) / 1e9,
@@ -87,7 +87,7 @@ def fit(config: MPTConfig, sku: Sku, dtype: str) -> Fit:
 
 @cache
 def skus() -> dict[str, Sku]:
-    """Return every SKU by its name in lower case: Azure does not mind the case."""
+    """Return every SKU by its name in lower case; Azure ignores case."""
     table = json.loads((Path(__file__).parent / "skus.json").read_text(encoding="utf-8"))
     gpus = {name: Gpu(name, *row) for name, row in table["gpus"].items()}
     gib = 1024**3 / 1e9
@@ -99,12 +99,12 @@ def skus() -> dict[str, Sku]:
 
 @cache
 def families() -> dict[str, MPTConfig]:
-    """Return the published members' sizes under the names that a `model_family` tag may have."""
+    """Return the configs of the published models by their `model_family` tag."""
     table = json.loads((Path(__file__).parent / "skus.json").read_text(encoding="utf-8"))["families"]
     return {name: MPTConfig(**row) for name, row in table.items()}
 
 
 def nearest_sku(name: str) -> str:
-    """Return the name of the SKU that is spelt most like `name`."""
+    """Return the SKU name that is most similar to `name`."""
     (best,) = difflib.get_close_matches(name.lower(), skus(), 1, 0) or ["standard_nc24ads_a100_v4"]
     return skus()[best].name

@@ -1,4 +1,4 @@
-"""Rules for environment variables: what Azure does to their types, and whether the package knows them."""
+"""Rules for environment variables: their types in YAML, and the MPT_ settings of this package."""
 
 import difflib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from mptserve.settings import FIELDS, read_settings
 
 
 def check_variables(document: Document, *inside: str) -> Iterator[Problem]:
-    """Yield what is wrong with the variables below `inside`, by the code that reads them when the server starts."""
+    """Yield the problems of the variables below `inside`; settings are read by the code that the server uses."""
     at: Pointer = (*inside, "environment_variables")
     variables = document.get(*at)
     if not isinstance(variables, dict):
@@ -19,28 +19,28 @@ def check_variables(document: Document, *inside: str) -> Iterator[Problem]:
     for key, value in variables.items():
         name = str(key)
         if not isinstance(value, str):
-            found = "nothing" if value is None else type(value).__name__
-            said = f"{name} is {found}, and variables are text"
+            kind = "nothing" if value is None else type(value).__name__
+            message = f"{name} is {kind}, but variables must be strings"
             fix = (
                 f'put quotes around it: {name}: "{str(value).lower()}"'
                 if value is not None
-                else "write a text in quotes"
+                else "set a string in quotes"
             )
-            yield document.problem((*at, name), "env-text", said, fix)
+            yield document.problem((*at, name), "env-text", message, fix)
         if name == "AZUREML_MODEL_DIR" and document.get("model_mount_path") is None:
-            said = "AZUREML_MODEL_DIR is Azure's own: it says where the model was mounted"
-            yield document.problem((*at, name), "env-reserved", said, "remove it; name the model with `model:`")
+            message = "AZUREML_MODEL_DIR is set by Azure to the path of the mounted model"
+            yield document.problem((*at, name), "env-reserved", message, "remove it, and set the model with `model:`")
         elif name.startswith("MPT_"):
             try:
                 read_settings({name: str(value)})
             except BadSetting as exc:
                 rule = "setting-value" if name in known else "setting-unknown"
-                said = str(exc) if name in known else f"{name} is not a setting, and the server would not start"
-                yield document.problem((*at, name), rule, said, _nearest(name, known))
+                message = str(exc) if name in known else f"{name} is not a setting; the server would not start"
+                yield document.problem((*at, name), rule, message, _nearest(name, known))
 
 
 def _nearest(name: str, known: list[str]) -> str:
     if name in known:
-        return "docs/configuration.md has the ranges"
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else "docs/configuration.md has every setting"
+        return "see the ranges in docs/configuration.md"
+    similar = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {similar[0]}?" if similar else "see the settings in docs/configuration.md"

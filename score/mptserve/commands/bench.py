@@ -1,8 +1,8 @@
-"""`mptserve bench`: how fast this machine generates with a checkpoint, and how far that is from what it could.
+"""`mptserve bench`: measures how fast this machine generates with a checkpoint, and compares it with its limit.
 
-The limit is the larger of two times: the bytes a step must read (weights once, keys and values of every row) over the
-memory bandwidth, and the operations it must do over the matrix rate, both measured here beforehand. What is between a
-step and its limit is overhead: kernels, launches, sampling.
+The limit of a step is the larger of two times: the bytes that it must read (the weights once, keys and values of every
+row) divided by the memory bandwidth, and its operations divided by the matrix multiplication rate. Both rates are
+measured first. The difference between a step and its limit is overhead: kernels, launches, sampling.
 """
 
 import json
@@ -30,7 +30,7 @@ from mptserve.settings import Settings, read_settings
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the machine does at best. read_gbs: GB/s.  matmul_tflops: in the model's dtype."""
+    """The measured limits of the machine. read_gbs: memory bandwidth, GB/s.  matmul_tflops: in the model's dtype."""
 
     read_gbs: float
     matmul_tflops: float
@@ -38,7 +38,7 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement. Tokens per second over all rows; times in ms; limit_*: what the ceilings allow."""
+    """One measurement. decode_tok_s: tokens/s over all rows.  limit_*: the values that the ceilings allow."""
 
     rows: int
     prompt: int
@@ -49,7 +49,7 @@ class Case:
 
 
 def run(model_dir: Path, rows: list[int], n_prompt: int, n_new: int, rounds: int) -> int:
-    """Measure the checkpoint in model_dir with the settings of the environment; print a table and a JSON line."""
+    """Measure the checkpoint in model_dir with the environment's settings; print a table and a line of JSON."""
     set_up_logging("WARNING")
     settings = read_settings()
     checkpoint = find_checkpoint(model_dir)
@@ -61,12 +61,12 @@ def run(model_dir: Path, rows: list[int], n_prompt: int, n_new: int, rounds: int
     engine = start_engine(checkpoint.folder, config, config.vocab_size, _options(settings, max(rows)))
     print(f"{config.n_parameters / 1e9:.3f} B parameters in {place.weights} on {place.device}, ", end="")
     print(f"ready in {time.monotonic() - started:.1f} s", flush=True)
-    found = ceilings(place)
-    print(f"this machine reads {found.read_gbs:.0f} GB/s and multiplies {found.matmul_tflops:.2f} TFLOP/s\n")
+    ceiling = ceilings(place)
+    print(f"this machine reads {ceiling.read_gbs:.0f} GB/s and multiplies {ceiling.matmul_tflops:.2f} TFLOP/s\n")
     print("rows  prompt   decode tok/s   of the limit   first token ms   of the limit")
     cases = []
     for n in rows:
-        case = measure(engine, place, found, n, n_prompt, n_new, rounds)
+        case = measure(engine, place, ceiling, n, n_prompt, n_new, rounds)
         cases.append(case)
         decode, first = case.decode_tok_s / case.limit_decode_tok_s, case.limit_first_token_ms / case.first_token_ms
         print(
@@ -78,7 +78,7 @@ def run(model_dir: Path, rows: list[int], n_prompt: int, n_new: int, rounds: int
     if stats.drafted_tokens:
         print(f"{stats.drafted_tokens} draft tokens, {stats.accepted_tokens} of them accepted")
     drafts = {"drafted_tokens": stats.drafted_tokens, "accepted_tokens": stats.accepted_tokens}
-    print(json.dumps({"ceilings": asdict(found), "cases": [asdict(case) for case in cases]} | drafts))
+    print(json.dumps({"ceilings": asdict(ceiling), "cases": [asdict(case) for case in cases]} | drafts))
     return 0
 
 
@@ -88,11 +88,11 @@ def _options(settings: Settings, rows: int) -> EngineOptions:
 
 
 def measure(
-    engine: MPTEngine, place: Placement, found: Ceilings, rows: int, n_prompt: int, n_new: int, rounds: int
+    engine: MPTEngine, place: Placement, ceiling: Ceilings, rows: int, n_prompt: int, n_new: int, rounds: int
 ) -> Case:
-    """Return medians over `rounds`: the time until every row has its first token, and of the steps after it."""
+    """Return medians over `rounds` of the time until every row has its first token, and of the decoding steps."""
     config = engine.runner.model.config
-    seconds(engine, rows, n_prompt, 2)  # so that no first call is measured
+    seconds(engine, rows, n_prompt, 2)  # warm-up
     first = statistics.median(seconds(engine, rows, n_prompt, 1) for _ in range(rounds))
     whole = statistics.median(seconds(engine, rows, n_prompt, n_new + 1) for _ in range(rounds))
     step = max(whole - first, 1e-9) / n_new
@@ -101,14 +101,14 @@ def measure(
         rows,
         n_prompt,
         rows / step,
-        rows / limit(config, place, found, rows, rows * context, rows),
+        rows / limit(config, place, ceiling, rows, rows * context, rows),
         first * 1e3,
-        limit(config, place, found, rows * n_prompt, rows * n_prompt, rows, rows * n_prompt * n_prompt // 2) * 1e3,
+        limit(config, place, ceiling, rows * n_prompt, rows * n_prompt, rows, rows * n_prompt * n_prompt // 2) * 1e3,
     )
 
 
 def seconds(engine: MPTEngine, rows: int, n_prompt: int, n_new: int) -> float:
-    """Return how long n_new tokens for each of `rows` random prompts take; random, so that no prefix cache helps."""
+    """Return the time to generate n_new tokens for each of `rows` prompts, random so that none share a prefix."""
     n_vocab = engine.runner.model.n_tokens
     jobs = [
         Job(
@@ -124,20 +124,20 @@ def seconds(engine: MPTEngine, rows: int, n_prompt: int, n_new: int) -> float:
 
 
 def limit(
-    config: MPTConfig, place: Placement, found: Ceilings, n_tokens: int, n_kv: int, n_logits: int, n_pairs: int = 0
+    config: MPTConfig, place: Placement, ceiling: Ceilings, n_tokens: int, n_kv: int, n_logits: int, n_pairs: int = 0
 ) -> float:
-    """Return the seconds that a step takes at least; its work is as in `work`."""
+    """Return the minimal seconds of a step. The arguments are those of `work`."""
     n_bytes, operations = work(config, place, n_tokens, n_kv, n_logits, n_pairs)
-    return max(n_bytes / (found.read_gbs * 1e9), operations / (found.matmul_tflops * 1e12))
+    return max(n_bytes / (ceiling.read_gbs * 1e9), operations / (ceiling.matmul_tflops * 1e12))
 
 
 def work(
     config: MPTConfig, place: Placement, n_tokens: int, n_kv: int, n_logits: int, n_pairs: int = 0
 ) -> tuple[float, float]:
-    """Return the bytes that a step must move and the operations that it must do.
+    """Return the bytes that a step must read and the operations that it must do.
 
-    n_tokens: computed in it.  n_kv: keys and values read or written.  n_logits: rows of the vocabulary product.
-    n_pairs: of a query and a key, where attention counts as operations.
+    n_tokens: tokens computed.  n_kv: tokens whose keys and values are read or written.  n_logits: rows of logits.
+    n_pairs: (query, key) pairs of attention; 0 where its operations are negligible.
     """
     head = config.d_model * config.vocab_size
     layers = config.n_parameters - head
@@ -147,7 +147,7 @@ def work(
 
 
 def ceilings(place: Placement) -> Ceilings:
-    """Measure the ceilings: reading memory much larger than the caches, and multiplying square matrices."""
+    """Measure the ceilings: read memory much larger than the caches, and multiply square matrices."""
     size = 8192 if place.device.type == "cuda" else 2048
     a, b = run_on_new_thread(lambda: torch.randn(2, size, size, device=place.device, dtype=place.dtype).unbind())
     multiply = _best_seconds(lambda: a @ b, place.device)
@@ -155,10 +155,10 @@ def ceilings(place: Placement) -> Ceilings:
 
 
 def read_gbs(device: torch.device) -> float:
-    """Return the GB/s at which all cores of `device` together read memory that no cache holds, at best.
+    """Return the best GB/s at which all cores of `device` together read memory that no cache holds.
 
-    A sum: on a CPU it adds several times faster from its caches than memory delivers. The memory lies in huge pages, as
-    weights do.
+    It times a sum: from its caches a CPU adds several times faster than memory delivers, so memory is the bottleneck.
+    The memory is in huge pages, as weights are.
     """
     gpu = device.type == "cuda"
     memory = run_on_new_thread(lambda: torch.ones((4 << 30 if gpu else 512 << 20) // 4, device=device))
@@ -168,16 +168,16 @@ def read_gbs(device: torch.device) -> float:
 
 
 def _best_seconds(work: Callable[[], object], device: torch.device, times: int = 5) -> float:
-    """Return the shortest time that `work` takes; it runs apart, so that an engine measured beside keeps its speed."""
+    """Return the shortest time of `work`. It runs on a thread of its own, so that it does not slow the engine."""
 
     def best() -> float:
-        found = []
+        times_s = []
         for _ in range(times):
             started = time.perf_counter()
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            found.append(time.perf_counter() - started)
-        return min(found)
+            times_s.append(time.perf_counter() - started)
+        return min(times_s)
 
     return run_on_new_thread(best)

@@ -1,4 +1,4 @@
-"""The command `mptserve check`: prints what is wrong with YAML files, or how a model fits a machine."""
+"""`mptserve check`: prints the problems of Azure ML YAML files, or how a model fits into machines."""
 
 import argparse
 import sys
@@ -12,9 +12,9 @@ from mptserve.errors import StartupError
 
 
 def main(argv: list[str]) -> int:
-    """Return 0: all well; 1: problems, printed; 2: cannot check."""
+    """Return 0: no problems; 1: problems, printed; 2: cannot check."""
     parser = argparse.ArgumentParser(prog="mptserve check", description=__doc__)
-    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="YAML files, or folders with such")
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="YAML files, or folders of YAML files")
     parser.add_argument(
         "--set",
         nargs="+",
@@ -22,12 +22,16 @@ def main(argv: list[str]) -> int:
         default=[],
         metavar="KEY=VALUE",
         dest="changes",
-        help="check as if `az ml … --set` changed the files so",
+        help="check the files as changed by `az ml … --set`",
     )
-    parser.add_argument("--no-sdk", action="store_true", help="only our own rules, without azure-ai-ml")
-    parser.add_argument("--rules", action="store_true", help="print every rule and leave")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="say how the checkpoint below DIR fits --sku")
-    parser.add_argument("--sku", metavar="NAME", help="a machine of Azure's; without it: those with one GPU, or none")
+    parser.add_argument("--no-sdk", action="store_true", help="only the rules of mptserve, without azure-ai-ml")
+    parser.add_argument("--rules", action="store_true", help="print all rules and exit")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="show which machines the checkpoint in DIR fits")
+    parser.add_argument(
+        "--sku",
+        metavar="NAME",
+        help="show this Azure VM size only; default: one CPU machine and all sizes with one GPU",
+    )
     args = parser.parse_args(argv)
     if args.rules:
         print("\n".join(f"{rule:<20} {says}" for rule, says in RULES.items()))
@@ -43,11 +47,11 @@ def main(argv: list[str]) -> int:
     except FileNotFoundError as exc:
         return _cannot(str(exc))
     except SdkMissing as exc:
-        return _cannot(f"{exc}; or check with our own rules only: --no-sdk")
-    named = set(args.paths)
-    for problem in [p for p in problems if p.rule == "kind" and p.path not in named]:  # found in a folder: not ours
+        return _cannot(f"{exc}; or use the rules of mptserve only: --no-sdk")
+    given_paths = set(args.paths)
+    for problem in [p for p in problems if p.rule == "kind" and p.path not in given_paths]:  # only found in a folder
         problems.remove(problem)
-        print(f"{problem.path}: left alone, {problem.message}")
+        print(f"{problem.path}: skipped, {problem.message}")
     if not files:
         return _cannot(f"no *.yml or *.yaml in {', '.join(map(str, args.paths))}")
     for problem in problems:
@@ -60,10 +64,10 @@ def main(argv: list[str]) -> int:
 
 
 def _fit(folder: Path, name: str | None) -> int:
-    """Print, for each dtype that a machine computes, what the weights take and how many tokens fit beside them."""
+    """Print the memory of the weights and the room for tokens, for each machine and dtype; return the exit status."""
     try:
-        found = find_checkpoint(folder).folder if not (folder / "config.json").is_file() else folder
-        config = read_config(found)
+        checkpoint_folder = find_checkpoint(folder).folder if not (folder / "config.json").is_file() else folder
+        config = read_config(checkpoint_folder)
     except StartupError as exc:
         return _cannot(str(exc))
     machines: list[Sku] = [sku for sku in skus().values() if sku.gpus == 1 or sku.name == "Standard_DS3_v2"]
@@ -76,16 +80,18 @@ def _fit(folder: Path, name: str | None) -> int:
     all_fit = True
     for sku in machines:
         for dtype in sku.dtypes if name else sku.dtypes[:1]:
-            it = fit(config, sku, dtype)
-            room = f"{it.tokens:>10,} {it.tokens / config.max_seq_len:>9.1f}" if it.fits else f"{'does not fit':>20}"
+            sku_fit = fit(config, sku, dtype)
+            contexts = sku_fit.tokens / config.max_seq_len
+            room = f"{sku_fit.tokens:>10,} {contexts:>9.1f}" if sku_fit.fits else f"{'does not fit':>20}"
             card = sku.gpu.name if sku.gpu else "CPU"
-            print(f"{sku.name:<26} {card:<8} {dtype:<9} {it.weights_gb:>6.2f} GB {it.usable_gb:>6.1f} GB {room}")
+            memory = f"{sku_fit.weights_gb:>6.2f} GB {sku_fit.usable_gb:>6.1f} GB"
+            print(f"{sku.name:<26} {card:<8} {dtype:<9} {memory} {room}")
         all_fit = all_fit and fit(config, sku, sku.dtypes[0]).fits
     return 0 if name is None or all_fit else 1
 
 
 def _stored(config: MPTConfig) -> str:
-    """Return how a quantised checkpoint came to its weights, "" for a plain one."""
+    """Return how the weights of a checkpoint were quantized; "" for an unquantized one."""
     if config.quant is None:
         return ""
     if config.rounding == "gptq":

@@ -1,4 +1,4 @@
-"""`mptserve generate`: continue one prompt on this machine, and say how fast it went and what memory it took."""
+"""`mptserve generate`: continues one prompt on this machine, and prints speed and memory."""
 
 import argparse
 import dataclasses
@@ -13,42 +13,44 @@ from mptserve.commands.hub import fetch, is_hub_name
 from mptserve.errors import ScoringError, StartupError
 from mptserve.settings import Settings, read_settings
 
-if TYPE_CHECKING:  # takes PyTorch, which other commands can do without
+if TYPE_CHECKING:  # imports PyTorch, which other commands do not need
     from mptserve.service import Service
     from mptserve.streaming import RunningSequence
 
 _DAY_MS = 86_400_000
-"""A prompt on a slow machine may take long: nobody waits behind it."""
+"""The deadline of the prompt, out of the way: a slow machine may take long."""
 
 
 def add_arguments(command: argparse.ArgumentParser, model_dir: str) -> None:
-    """Give `command` the options of this subcommand; `run` reads them. model_dir: the default checkpoint."""
+    """Add this subcommand's options to `command`; `run` reads them. model_dir: the default checkpoint."""
     command.add_argument(
         "--model",
         "--repo-id-or-model-path",  # the name in older INT4 examples
         default=model_dir,
-        help="checkpoint folder, or a mirror's OWNER/NAME on the hub; else AZUREML_MODEL_DIR, or the embedded model",
+        help="checkpoint folder, or OWNER/NAME on the hub; default: AZUREML_MODEL_DIR, or the embedded model",
     )
     command.add_argument("--revision", help="branch, tag or commit of a model on the hub")
-    command.add_argument("--prompt", help="the text to continue; standard input when left out, or `-`")
-    command.add_argument("--n-predict", type=int, default=32, help="most tokens to generate")
-    command.add_argument("--quant", choices=("int8", "int4"), help="quantise the weights while loading (MPT_QUANT)")
+    command.add_argument("--prompt", help="text to continue; default, or `-`: read standard input")
+    command.add_argument("--n-predict", type=int, default=32, help="tokens to generate at most")
+    command.add_argument("--quant", choices=("int8", "int4"), help="quantize the weights while loading (MPT_QUANT)")
     command.add_argument(
         "--speculate",
         type=int,
         choices=range(16),
         metavar="TOKENS",
-        help="speculative decoding: draft tokens of a step at most; 0: off (MPT_SPECULATE_TOKENS)",
+        help="speculative decoding: draft tokens per step at most; 0: off (MPT_SPECULATE_TOKENS)",
     )
-    command.add_argument("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
-    command.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this mass")
-    command.add_argument("--seed", type=int, help="same seed, same text")
-    command.add_argument("--chat", action="store_true", help="ask: the prompt in the model's chat template")
-    command.add_argument("--stream", action="store_true", help="print the text while it comes")
+    command.add_argument("--temperature", type=float, default=0.0, help="0 (default) selects the most likely token")
+    command.add_argument(
+        "--top-p", type=float, default=1.0, help="sample from the most likely tokens with this total probability"
+    )
+    command.add_argument("--seed", type=int, help="the same seed gives the same text")
+    command.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    command.add_argument("--stream", action="store_true", help="print the text as it is generated")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate and print; return the exit status. Errors go to standard error in one line."""
+    """Generate and print; return the exit status. An error is one line on standard error."""
     from mptserve.service import Service
 
     prompt = args.prompt if args.prompt not in (None, "-") else sys.stdin.read().removesuffix("\n")
@@ -70,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    """Return the environment's settings with what the command line says, for one sequence of any length."""
+    """Return the environment's settings with those of the command line, for one sequence of any length."""
     settings = read_settings()
     folder = fetch(args.model, args.revision) if is_hub_name(args.model) else Path(args.model).expanduser()
     changes: dict[str, Any] = {"model_dir": str(folder), "deadline_ms": _DAY_MS}
@@ -83,7 +85,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _generate(service: "Service", args: argparse.Namespace, prompt: str) -> int:
-    """Send the prompt the way of every request, so that the same rules and the same text come of it."""
+    """Send the prompt through the same path as a request, so that rules and text are those of the server."""
     from mptserve.prompt import ChatPrompt, Message
     from mptserve.streaming import TextDelta
 
@@ -109,7 +111,7 @@ def _generate(service: "Service", args: argparse.Namespace, prompt: str) -> int:
 
 
 def _figures(service: "Service", running: "RunningSequence") -> str:
-    """Return token counts, times and memory in one paragraph."""
+    """Return token counts, times and memory as text."""
     seq = running.sequence
     times, n = seq.timings, len(seq.out)
     first = times.first_token - times.submitted
@@ -123,12 +125,12 @@ def _figures(service: "Service", running: "RunningSequence") -> str:
 
 
 def _memory(service: "Service") -> str:
-    """Return the most memory that this process took, the GPU's too where it used one."""
+    """Return the peak memory of this process, and of the GPU if it used one."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = f"memory: {peak / 1e9:.2f} GB at most"
+    text = f"memory: {peak / 1e9:.2f} GB at most"
     if service.settings.device != "cpu":
         import torch
 
         if torch.cuda.is_available():
-            found += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the GPU"
-    return found
+            text += f", {torch.cuda.max_memory_allocated() / 1e9:.2f} GB of the GPU"
+    return text

@@ -1,7 +1,7 @@
-"""A checkpoint by its name on the Hugging Face Hub: the folder of files that its cache keeps, fetched where they miss.
+"""Downloads a checkpoint from the Hugging Face Hub by its name, into the hub's cache.
 
-For commands on one's own machine; a server is given a folder. Only weights, configuration and tokenizer are fetched,
-never code. The hub's own variables hold: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
+Only for commands on a user's machine; servers need a folder. It downloads weights, configuration and tokenizer, never
+code. The hub's environment variables apply: HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE.
 """
 
 import re
@@ -12,29 +12,33 @@ from mptserve.errors import ModelNotFound
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _ABOUT = ["*.json", "LICENSE*", "NOTICE*"]
 _WEIGHTS = ["*.safetensors"], ["*.bin"]
-"""In the order of preference: most mirrors have both, and one is enough."""
+"""In order of preference. Most repositories have both formats, and one is enough."""
 
 
 def is_hub_name(model: str) -> bool:
-    """Whether `model` can only be a name on the hub: OWNER/NAME, and no path that is there."""
+    """Whether `model` is a name on the hub: it has the form OWNER/NAME and is not an existing path."""
     return _NAME.fullmatch(model) is not None and not Path(model).exists()
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
-    """Return the folder with the checkpoint `name`, downloading what the cache lacks, with progress bars.
+    """Return the cache folder of the checkpoint `name`; download missing files, with progress bars.
 
-    revision: a branch, tag or commit; the main branch when left out. Raises ModelNotFound, saying why.
+    revision: a branch, tag or commit; None: the main branch. Raises ModelNotFound with the reason.
     """
-    from huggingface_hub import snapshot_download  # takes half a second
+    from huggingface_hub import snapshot_download  # the import takes half a second
 
     for weights in _WEIGHTS:
         try:
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*_ABOUT, *weights]))
-        except (OSError, ValueError) as exc:  # the hub's errors are among them: not there, not for you, not reached
+        except (OSError, ValueError) as exc:  # the hub's errors are subclasses: not found, no access, not reachable
             reason = " ".join(str(exc).split()) or type(exc).__name__
-            gone = " (MosaicML's own models left the hub: name a mirror)" if name.startswith("mosaicml/") else ""
+            gone = (
+                " (MosaicML's own models are no longer on the hub: use a mirror)"
+                if name.startswith("mosaicml/")
+                else ""
+            )
             raise ModelNotFound(
-                f"{name!r} is no folder here, and the hub gave no checkpoint of that name{gone}: {reason}"
+                f"{name!r} is not a local folder, and its download from the hub failed{gone}: {reason}"
             ) from exc
         if any(folder.glob(weights[0])):
             return folder

@@ -1,4 +1,4 @@
-"""`mptserve quantize`: a checkpoint's weights in 8 or 4 bits, once, so that every later start reads less."""
+"""`mptserve quantize`: writes a checkpoint with 8-bit or 4-bit weights, so that later starts read less."""
 
 import argparse
 import sys
@@ -8,41 +8,46 @@ from typing import TYPE_CHECKING
 
 from mptserve.errors import BadCalibration, StartupError
 
-if TYPE_CHECKING:  # PyTorch, which other commands can do without
+if TYPE_CHECKING:  # imports PyTorch, which other commands do not need
     from torch import Tensor
 
     from mptserve.engine.checkpoint.finding import Checkpoint
 
 WINDOW = 512
-"""Tokens of calibration text that see each other, where the model's context has room for so many."""
+"""Tokens in one window of calibration text, or the model's context if that is shorter."""
 
 N_TOKENS = 65536
-"""Of calibration text, unless said otherwise: four times the inputs of MPT-7B's widest layer."""
+"""Default number of calibration tokens: four times the inputs of MPT-7B's widest layer."""
 
 MIN_TOKENS = 2048
-"""Fewer tell nothing of a layer's inputs that would be true of other text."""
+"""Fewer calibration tokens say too little about a layer's inputs for other text."""
 
 _CHARACTERS = 32
-"""Of the text that are looked at for each token that is wanted, so that a huge file is not split as a whole."""
+"""Characters of text to tokenize for each token needed, so that a huge file is not tokenized as a whole."""
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Give `command` the options of this subcommand; `run` reads them."""
+    """Add this subcommand's options to `command`; `run` reads them."""
     command.add_argument("source", metavar="IN", type=Path, help="checkpoint folder")
-    command.add_argument("target", metavar="OUT", type=Path, help="folder to write, empty or absent")
+    command.add_argument("target", metavar="OUT", type=Path, help="folder to write; must be empty or not exist")
     command.add_argument(
-        "--quant", choices=("int8", "int4"), help="bits of the linear layers' weights; default int8, calibrated: int4"
+        "--quant",
+        choices=("int8", "int4"),
+        help="bits of the linear layers' weights; default: int8, or int4 with --calibrate",
     )
     command.add_argument(
         "--calibrate",
         metavar="TEXTFILE",
         type=Path,
-        help="UTF-8 text such as the model will see: 4-bit weights are rounded for it (GPTQ), which takes longer",
+        help="UTF-8 text similar to the model's later input: GPTQ rounds 4-bit weights for it, which takes longer",
     )
     command.add_argument(
-        "--calibration-tokens", type=int, metavar="N", help=f"how much of it, from its start; default {N_TOKENS}"
+        "--calibration-tokens",
+        type=int,
+        metavar="N",
+        help=f"how many tokens of the text to use, from its start; default: {N_TOKENS}",
     )
-    command.add_argument("--device", choices=("cpu", "cuda"), help="where calibration runs; default cpu")
+    command.add_argument("--device", choices=("cpu", "cuda"), help="where calibration runs; default: cpu")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         windows = None
         if args.calibrate is not None:
             if quant != "int4":
-                raise BadCalibration("`--calibrate` is for 4-bit weights; 8 bits lose too little for it to matter")
+                raise BadCalibration("`--calibrate` is for 4-bit weights; 8-bit weights lose too little to need it")
             if args.device == "cuda" and not torch.cuda.is_available():
                 raise BadCalibration("`--device` is cuda, but PyTorch finds no usable GPU")
             n_tokens = N_TOKENS if args.calibration_tokens is None else args.calibration_tokens
@@ -82,9 +87,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def calibration_windows(path: Path, n_tokens: int, checkpoint: "Checkpoint") -> "Tensor":
-    """Return the first n_tokens of the text in `path` as [n, T] ids, T: 512 or the context; a rest is left out.
+    """Return the first n_tokens of the text in `path` as [n, T] ids. T: 512 or the context; the remainder is dropped.
 
-    Raises BadCalibration, with the sizes, when there is too little of it, and when it is not UTF-8 text.
+    Raises BadCalibration if the text is too short, and if it is not UTF-8.
     """
     import torch
 
@@ -108,12 +113,12 @@ def calibration_windows(path: Path, n_tokens: int, checkpoint: "Checkpoint") -> 
         )
     if max(ids) >= config.vocab_size:
         raise BadCalibration(
-            f"{checkpoint.tokenizer} makes token {max(ids)} of {path}, but the model's vocab_size is "
+            f"{checkpoint.tokenizer} gives token {max(ids)} for {path}, but the model's vocab_size is "
             f"{config.vocab_size}"
         )
     if len(ids) < config.d_ff:
         print(
-            f"mptserve: {len(ids):,} tokens are few for a layer of {config.d_ff:,} inputs; more make better weights",
+            f"mptserve: {len(ids):,} tokens are few for a layer with {config.d_ff:,} inputs; more give better weights",
             file=sys.stderr,
         )
     width = min(WINDOW, config.max_seq_len)
@@ -121,16 +126,16 @@ def calibration_windows(path: Path, n_tokens: int, checkpoint: "Checkpoint") -> 
 
 
 class _Progress:
-    """Says how many tensors are done: on a terminal in one line that moves, else in a line every half minute."""
+    """Prints how many tensors are done: on a terminal in one line that it updates, else a line every 30 s."""
 
     def __init__(self) -> None:
-        self._started = self._said = time.monotonic()
+        self._started = self._printed = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
-        moment = time.monotonic()
-        line = f"{done} of {total} tensors, {moment - self._started:.0f} s"
+        now = time.monotonic()
+        line = f"{done} of {total} tensors, {now - self._started:.0f} s"
         if sys.stderr.isatty():
             print(f"\r{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        elif moment - self._said >= 30:
-            self._said = moment
+        elif now - self._printed >= 30:
+            self._printed = now
             print(line, file=sys.stderr, flush=True)
