@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Replaces a deployment by a new one without its callers noticing, or puts everything back.
+# Replaces a deployment by a new one without downtime, and rolls back if a check fails.
 #
 #   endpoint/rollout.sh [--print] ENDPOINT OLD NEW FILE [NAME=VALUE …]
 #   endpoint/rollout.sh mpt blue green endpoint/online/blue.yml model=azureml:mpt-7b:2
 #
-# ENDPOINT  the endpoint's name; it is made from endpoint/online/endpoint.yml where there is none
-# OLD       the deployment that answers now; "" for the first one
+# ENDPOINT  the endpoint's name; created from endpoint/online/endpoint.yml if it does not exist
+# OLD       the deployment that has the traffic now; "" if there is none
 # NEW FILE  the new deployment's name and YAML; NAME=VALUE changes the YAML, as az's --set does
-# --print   only prints the az commands that it would run
+# --print   only print the az commands
 #
-# Steps: create, smoke-test, mirror 10 %, compare, then 10, 50 and 100 % of the traffic, each watched. When a check fails,
-# or on Ctrl-C, OLD has all traffic again, NEW is kept for you to look at, and the status is 1.
+# Steps: create, smoke test, mirror 10 %, compare, then 10, 50 and 100 % of the traffic, watching each. When a check fails,
+# or on Ctrl-C, OLD gets all traffic again, NEW is kept for inspection, and the exit status is 1.
 #
-# WATCH_S   seconds to watch each step for, 300 unless set
-# SLOWER    times that NEW may need of OLD's for the same request, 2 unless set
+# WATCH_S   seconds to watch each step, default 300
+# SLOWER    how many times as long as OLD NEW may take for the same requests, default 2
 # az must know the resource group and the workspace: az configure --defaults group=GROUP workspace=WORKSPACE
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
@@ -32,8 +32,8 @@ endpoint=$1 old=$2 new=$3 file=$4
 shift 4
 watch_s=${WATCH_S:-300} slower=${SLOWER:-2}
 answers=$(mktemp -d)
-step="before anything was done"
-shifting= # not empty once traffic may have been touched
+step="before the first step"
+shifting= # not empty once traffic may have changed
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
@@ -71,7 +71,7 @@ END
 trap finish EXIT
 trap 'exit 1' INT TERM
 
-# Posts a sample to one deployment, whatever the traffic; its answer goes to a file. Fails unless it is one of ours.
+# Posts a sample to one deployment, regardless of traffic, and saves the answer; fails unless it is a list of texts.
 ask() {
     local deployment=$1 sample=$2 answer=$answers/$1-$2
     if [ -n "$print" ]; then
@@ -85,7 +85,7 @@ ask() {
     fi
 }
 
-# Every kind of request that must be answered.
+# Posts one request of each kind.
 smoke_test() {
     step="smoke test of $new"
     say "$step"
@@ -94,14 +94,14 @@ smoke_test() {
     done
 }
 
-# Fails when NEW logged an error of its own. Counts and codes are all that the log has; texts are never in it.
+# Fails if NEW has logged server errors. The log has counts and codes, never text.
 check_log() {
     if [ -n "$print" ]; then
         run az ml online-deployment get-logs --endpoint-name "$endpoint" --name "$new" --lines 1000
         return
     fi
     az ml online-deployment get-logs --endpoint-name "$endpoint" --name "$new" --lines 1000 >"$answers/log"
-    # az prints the log as one JSON string, in which quotes are escaped
+    # az prints the log as one JSON string with escaped quotes
     if grep -E -o '\\?"(message|code)\\?": \\?"(request failed|generation_failed|engine_failed|the engine cannot go on; exiting)' \
         "$answers/log" >&2; then
         echo "$new failed requests; the log has the traces" >&2
@@ -109,7 +109,7 @@ check_log() {
     fi
 }
 
-# The same greedy request to both: as many answers, and not much later.
+# Posts the same greedy request to both, and fails if NEW is much slower.
 compare() {
     step="comparison of $new with $old"
     say "$step"
@@ -178,7 +178,7 @@ step="mirroring 10 % to $new"
 say "$step: it gets copies, and its answers are thrown away"
 run az ml online-endpoint update --name "$endpoint" --mirror-traffic "$new=10"
 watch "10 % mirrored"
-run az ml online-endpoint update --name "$endpoint" --mirror-traffic "$new=0" # a mirrored one cannot answer callers
+run az ml online-endpoint update --name "$endpoint" --mirror-traffic "$new=0" # a deployment with mirrored traffic cannot have live traffic
 compare
 
 for share in 10 50 100; do

@@ -14,7 +14,7 @@ from flask import Request, Response, g
 
 from mptserve.azure_server import app
 from mptserve.log import set_up_logging
-from mptserve.process import exit_soon
+from mptserve.process_exit import exit_soon
 from mptserve.service import Service
 from mptserve.settings import read_settings
 

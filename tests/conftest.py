@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports kernels.py
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 from insights import Ingestion
 from mptserve.service import Service

@@ -1,8 +1,8 @@
-"""Writes what would otherwise be written twice: the tables of request parameters and settings in docs/, from the schema
-and the settings themselves, and conda.yaml's variants with other builds of PyTorch.
+"""Generates the tables of request parameters and settings in docs/, and the variants of conda.yaml with other builds of
+PyTorch.
 
-python tools/docs.py            refreshes the files
-python tools/docs.py --check    only says which are out of date; status 1 when one is
+python tools/docs.py            updates the files
+python tools/docs.py --check    only prints which files are out of date; exits with 1 if there are any
 """
 
 import json
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def main(argv: list[str]) -> int:
-    """Refresh the generated parts; with --check only say whether they are up to date."""
+    """Update the generated parts; with --check only print which are out of date."""
     contents = {
         path: with_table(path, name, table)
         for path, name, table in (
@@ -38,19 +38,19 @@ def main(argv: list[str]) -> int:
 
 
 def with_table(path: Path, name: str, table: str) -> str:
-    """Return the page's text with the table between its markers `<!-- NAME: ... -->` and `<!-- end -->`."""
+    """Return the page's text with the table between the markers `<!-- NAME: ... -->` and `<!-- end -->`."""
     text = path.read_text(encoding="utf-8")
     matches = list(re.finditer(rf"<!-- {name}: .*?<!-- end -->", text, flags=re.DOTALL))
     if len(matches) != 1:
-        sys.exit(f"{path} must have one place for the {name}, found {len(matches)}")
+        sys.exit(f"{path} must have one pair of markers for the {name}, found {len(matches)}")
     start, end = matches[0].span()
     return f"{text[:start]}<!-- {name}: made by `make format` -->\n{table}\n<!-- end -->{text[end:]}"
 
 
 def conda_variants(root: Path) -> dict[Path, str]:
-    """Return endpoint/environment/conda-BUILD.yaml, made of conda.yaml's packages and the file's own comment.
+    """Return the text of each endpoint/environment/conda-BUILD.yaml: its own comment and conda.yaml's packages.
 
-    Azure takes one file with everything in it, so that these cannot be a few lines that refer to conda.yaml.
+    Azure needs one complete file, so a variant cannot refer to conda.yaml.
     """
     variants = {}
     for path in sorted((root / "endpoint" / "environment").glob("conda-*.yaml")):

@@ -1,8 +1,8 @@
-"""Hooks of the documentation's build: files of the repository that pages link to, and no assets of other hosts.
+"""MkDocs hooks: add the repository's files that pages link to, and warn about assets from other hosts.
 
-Pages link to files outside docs/ by their relative path, such as ../endpoint/online/blue.yml, so that the links work
-where the repository is browsed. The hooks put these files, and what they link to in turn, into the site below
-repository/. A link to a file that does not exist is a warning, which fails `mkdocs build --strict`.
+Pages link to files outside docs/ by relative paths, such as ../endpoint/online/blue.yml, so that the links also work in
+a browser of the repository. The hooks copy these files, and the files that those link to, to repository/ in the site. A
+link to a missing file is a warning, which fails `mkdocs build --strict`.
 """
 
 import logging
@@ -34,7 +34,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             uri = f"{FOLDER}/{target}"
             source = ROOT / target
             if files.get_file_from_path(uri) is not None or not source.is_file():
-                continue  # a missing one is reported by on_page_markdown's link, which leads nowhere
+                continue  # MkDocs reports the broken link of a missing file
             file = File.generated(config, uri, abs_src_path=str(source))
             files.append(file)
             if target.endswith(".md"):
@@ -43,7 +43,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Point links to the repository's files at their copies in the site."""
+    """Rewrite links to files of the repository to their copies in the site."""
     uri = page.file.src_uri
     name = uri.removeprefix(f"{FOLDER}/") if uri.startswith(f"{FOLDER}/") else f"docs/{uri}"
 
@@ -64,7 +64,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Page, **_: Any) -> str:
-    """Warn of anything that a browser would load from another host."""
+    """Warn about anything that a browser would load from another host."""
     if _ASSET.search(output):
         log.warning("%s loads something from another host", page.file.src_uri)
     return output
@@ -77,7 +77,7 @@ def _outside(name: str, text: str) -> list[str]:
 
 
 def _target(name: str, link: str) -> str | None:
-    """Return the path in the repository that a link of the page `name` leads to; None for other addresses."""
+    """Return the path in the repository of a link on the page `name`; None for other links."""
     if ":" in link or link.startswith(("/", "#", "<")):
         return None
     target: Any = posixpath.normpath(posixpath.join(posixpath.dirname(name), link))

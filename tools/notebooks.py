@@ -1,8 +1,8 @@
-"""Runs the notebooks and writes them, outputs and plots included, as pages of the documentation.
+"""Runs the notebooks and writes them, with outputs and plots, as pages of the documentation.
 
-python tools/notebooks.py [NAME ...]     writes docs/notebooks/NAME.md, all of them when no name is given
+python tools/notebooks.py [NAME ...]     writes docs/notebooks/NAME.md; without names, of all notebooks
 
-Those that need Azure run against the local Azure emulator (tools/local_azure), with the embedded model on a CPU.
+Notebooks that need Azure run against the local Azure emulator (tools/local_azure), with the embedded model on a CPU.
 """
 
 import base64
@@ -25,7 +25,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def main(names: list[str]) -> None:
-    """Write the pages of the named notebooks, or of all."""
+    """Write the pages of the named notebooks; without names, of all."""
     sys.path[:0] = [str(ROOT / "score"), str(ROOT / "tests" / "support")]
     for path in sorted(SOURCE.glob("*.ipynb")):
         if names and path.stem not in names:
@@ -36,7 +36,7 @@ def main(names: list[str]) -> None:
 
 
 def run_with_azure(path: Path) -> list[Any]:
-    """Return the cells of a notebook that ran against an emulator of its own."""
+    """Run a notebook against a new emulator; return its cells."""
     from azure_emulator import emulator_in
     from local_azure.azure import settings_text
 
@@ -45,9 +45,9 @@ def run_with_azure(path: Path) -> list[Any]:
 
 
 def execute(path: Path, more_settings: str = "") -> list[Any]:
-    """Run a notebook from top to bottom, with further lines at the end of its first code cell; return its cells.
+    """Run a notebook with `more_settings` appended to its first code cell; return its cells with their outputs.
 
-    The returned cells have their outputs, and the first one its own source without the further lines.
+    In the returned cells the first one has its original source.
     """
     notebook = nbformat.read(path, as_version=4)
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
@@ -69,7 +69,7 @@ def execute(path: Path, more_settings: str = "") -> list[Any]:
 
 
 def write(name: str, cells: list[Any], folder: Path) -> None:
-    """Write NAME.md and its pictures into `folder`. Links of the notebook are relative to notebooks/, one level up."""
+    """Write NAME.md and its images into `folder`, one level deeper than the notebook: relative links are adjusted."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     n_pictures = 0
@@ -97,9 +97,9 @@ def write(name: str, cells: list[Any], folder: Path) -> None:
 
 
 def _joined(outputs: list[Any]) -> list[Any]:
-    """Return a cell's outputs with what it printed in one piece: a stream of tokens comes as many.
+    """Return a cell's outputs, with consecutive pieces of standard output joined (streamed tokens are many pieces).
 
-    Without the standard error: progress bars and remarks of Azure's SDK.
+    Standard error is dropped: it has progress bars and notes of Azure's SDK.
     """
     joined: list[Any] = []
     for output in outputs:
@@ -113,13 +113,13 @@ def _joined(outputs: list[Any]) -> list[Any]:
 
 
 def _fence(text: str, info: str) -> str:
-    """Return a fenced block of code, with a fence that the text does not contain."""
+    """Return a fenced code block whose fence is longer than any run of backticks in the text."""
     ticks = "`" * max(3, *(len(run) + 1 for run in re.findall(r"`{3,}", text)), 3)
     return f"{ticks}{' ' if ' ' in info else ''}{info}\n{text}\n{ticks}"
 
 
 def _table(html: str) -> str:
-    """Return the table of a pandas frame as a block of HTML, without pandas' own style and border."""
+    """Return the HTML table of a pandas data frame without pandas' style and border."""
     table = html[html.index("<table") : html.index("</table>") + len("</table>")]
     table = re.sub(r"<table[^>]*>", "<table>", table)
     return f'<div class="md-typeset__scrollwrap"><div class="md-typeset__table">\n{table}\n</div></div>'

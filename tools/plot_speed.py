@@ -14,19 +14,19 @@ import matplotlib.pyplot as plt
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 COLOURS = {"light": ("#1f2328", "#9aa4b2", "#2f5fd0"), "dark": ("#dfe3ea", "#6b7685", "#7aa2ff")}
-"""Of text, of other engines and of ours."""
+"""Colours of text, of other engines, of this engine."""
 
 
 def main() -> None:
     """Write both pictures."""
     figures = json.loads((FOLDER / "speed.json").read_text(encoding="utf-8"))
-    mpl.rcParams |= {"svg.hashsalt": "mptserve", "font.family": "sans-serif", "font.size": 9}  # same file each time
+    mpl.rcParams |= {"svg.hashsalt": "mptserve", "font.family": "sans-serif", "font.size": 9}  # reproducible file
     for name, colours in COLOURS.items():
         draw(figures, FOLDER / f"speed-{name}.svg", *colours)
 
 
 def draw(figures: dict[str, Any], path: Path, text: str, theirs: str, ours: str) -> None:
-    """Write one picture: a wide panel of horizontal bars above two that share their names."""
+    """Write one picture: a wide panel of horizontal bars above two panels that share their bar names."""
     figure = plt.figure(figsize=(8, 4.8), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[3.4, 8])
     top = figure.add_subplot(grid[0, :])

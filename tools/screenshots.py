@@ -1,4 +1,4 @@
-"""Takes the documentation's picture of the playground: a real browser, a real server, the embedded model.
+"""Takes the documentation's screenshot of the playground, with a real browser, a real server and the embedded model.
 
 python tools/screenshots.py      writes docs/images/playground.png; needs the packages chromium and chromium-driver
 """
@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def converse(browser: Any, url: str) -> None:
-    """Have a short conversation on the page."""
+    """Send PROMPTS on the page and wait for the answers."""
     browser.get(url)
     wait = WebDriverWait(browser, 60)
     wait.until(lambda _: browser.find_element(By.ID, "model").text)

@@ -2,6 +2,9 @@
 
 The rules are in `request.schema.json`, limits that an operator sets are laid over them. The body's dialect is found
 first, so that each message can point at the caller's own field instead of saying that no form matched.
+
+A new parameter: its rule in request.schema.json, its use in `build` and `_prompt` here and in `SamplingParams`; for
+OpenAI's API also openai_server/schemas.py and requests.py; for sampling also sampling.py and gpu/sampling_kernel.py.
 """
 
 import difflib

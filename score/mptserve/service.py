@@ -83,7 +83,7 @@ class BaseService:
         self.safety = content_safety(settings)
         start: Callable[..., Engine] = start_engine
         if settings.engine == "transformers":
-            from mptserve.engine.reference import start_reference_engine as start
+            from mptserve.engine.transformers_engine import start_transformers_engine as start
         self.engine = start(
             checkpoint.folder,
             config,

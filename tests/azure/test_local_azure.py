@@ -295,7 +295,7 @@ def test_deployment_that_is_deleted_while_it_starts_leaves_nothing_running(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"timeout_ms": 200_000}, "may be 180000, got 200000"),
+        ({"timeout_ms": 200_000}, "must be 180000 or less, got 200000"),
         ({"instances": 51}, "between 1 and 50, got 51"),
     ],
 )

@@ -77,7 +77,7 @@ def test_a_gpu_without_the_kernels_equals_the_cpu_engine(tiny: Tiny) -> None:
 
 @pytest.mark.parametrize("options", [{"quant": "int8", "kv_dtype": "int8"}, {"quant": "int4", "dtype": "bfloat16"}])
 def test_fewer_bits_work_there(tiny: Tiny, options: dict[str, Any]) -> None:
-    """What they compute is tested elsewhere (test_quantized_kernels.py, test_gpu_kernels.py)."""
+    """What they compute is tested elsewhere (test_gpu_quantized_kernels.py, test_gpu_kernels.py)."""
     with pretend_gpu() as state:
         found = answers(start(tiny.folder, **options), JOBS[:2])
     assert [len(tokens) for tokens in found] == [4, 4]

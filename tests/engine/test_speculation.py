@@ -34,7 +34,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return load_tiny(tmp_path_factory.mktemp("tiny"), tiny_config(max_seq_len=512), compiled=request.param)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param(None, id="bits", marks=needs_kernels)])
 def few_words(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """16 tokens only: runs repeat all the time, and the end comes soon."""
     return load_tiny(tmp_path_factory.mktemp("few"), tiny_config(max_seq_len=512, vocab_size=16))
@@ -92,6 +92,7 @@ def test_drafts_are_short_until_they_are_right() -> None:
     assert lengths == [1, 3, 7, 15, 15, 5, 1]
 
 
+@needs_kernels
 def test_drafts_see_the_windows_that_their_tokens_would_see(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where right and wrong drafts complete a block, whose norms windows depend on."""
     monkeypatch.setattr(windows, "WINDOWED_FROM", 64)
@@ -122,6 +123,7 @@ SAMPLED = [
     ],
     ids=["plain", "three heads", "biases", "wide heads"],
 )
+@needs_kernels
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_tokens_and_log_probabilities_are_the_same_bit_for_bit(
     tmp_path: Path, changes: dict[str, Any], dtype: str
@@ -145,6 +147,7 @@ def test_quantised_layers_give_the_same_bits_too(tiny: Tiny, method: str) -> Non
     assert 0 < stats.accepted_tokens < stats.drafted_tokens
 
 
+@needs_kernels
 def test_the_embedded_model_writes_the_same_text() -> None:
     tokenizer = Tokenizer.from_file(str(EMBEDDED / "tokenizer.json"))
     options = EngineOptions(dtype="float32", kv_cache_gb=0.1, cpu_threads=1, speculate_tokens=8)

@@ -16,8 +16,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from mptserve.errors import BadSetting
-from mptserve.openai_server import middleware
-from mptserve.openai_server import uvicorn_server
+from mptserve.openai_server import middleware, uvicorn_server
 from mptserve.openai_server.keys import ApiKeys, Unauthorized
 from openai_process import OpenAIServer
 from serving import PATIENCE_S, Stream, eventually, get, metrics, post, request

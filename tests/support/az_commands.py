@@ -1,7 +1,7 @@
-"""Finds `az` commands in texts and knows which words they take, for `az ml` itself cannot be installed from PyPI.
+"""Finds `az` commands in texts and checks their options; `az ml` itself cannot be installed from PyPI.
 
 COMMANDS is from the reference of Azure CLI's ml extension 2.x and of the core commands (learn.microsoft.com/cli/azure):
-each command with the options that this repository may use; `!` marks what must be given.
+each command with the options that this repository may use. `!` marks required options.
 """
 
 import re
@@ -49,7 +49,7 @@ COMMANDS = {
 
 @dataclass(frozen=True)
 class AzCommand:
-    """One command as written: where, which, and its options with their words; a flag has none."""
+    """A command in a text: file, line, name, and the values of each option; a flag has none."""
 
     source: str
     line: int
@@ -57,7 +57,7 @@ class AzCommand:
     options: dict[str, list[str]]
 
     def one(self, option: str) -> str | None:
-        """Return an option's single word; None when it is not there or only known when the script runs."""
+        """Return an option's single value; None if it is missing or a shell variable."""
         words = self.options.get(option, [])
         return words[0] if len(words) == 1 and "$" not in words[0] else None
 
@@ -75,7 +75,7 @@ def az_commands(path: Path) -> list[AzCommand]:
             if path.suffix == ".md" and not _is_command(line, match):
                 continue
             if line[match.start()] == "`" and "--" not in match[1]:
-                continue  # its name in a sentence
+                continue  # only its name in a sentence
             words = _words(match[1])
             name = next(
                 (" ".join(words[:n]) for n in (3, 2, 1) if " ".join(words[:n]) in COMMANDS), " ".join(words[:3])
@@ -85,12 +85,12 @@ def az_commands(path: Path) -> list[AzCommand]:
 
 
 def _is_command(line: str, match: "re.Match[str]") -> bool:
-    """Whether a mention on a page is meant to be typed: on a line of its own, assigned, or in backquotes."""
+    """Whether a mention on a page is a command: on its own line, in an assignment, or in backquotes."""
     return line.strip().startswith("az ") or "=$(az" in line or line[match.start()] == "`"
 
 
 def _words(text: str) -> list[str]:
-    """Return the words of a command up to what belongs to the shell around it."""
+    """Return the words of a command, without the shell code that follows it."""
     text, words = text.replace("`", ""), []
     try:
         split = shlex.split(text, comments=True)

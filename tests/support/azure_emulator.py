@@ -1,4 +1,4 @@
-"""What the tests of the local Azure emulator share: the real SDK's client, callers of an endpoint, a small model."""
+"""Support for tests of the local Azure emulator: the real SDK's client, callers of an endpoint, a scoring script."""
 
 import os
 import threading
@@ -16,7 +16,7 @@ from serving import PATIENCE_S, ROOT
 GTHREAD = "--worker-class gthread --threads 24 --graceful-timeout 2"
 
 PARROT = '''
-"""A scoring script that does what it is told, and starts in a second."""
+"""A scoring script that does what each request says, and starts in a second."""
 import json, os, time
 from azureml_inference_server_http.api.aml_request import rawhttp
 from flask import Response
@@ -77,7 +77,7 @@ class Emulator:
         concurrency: int = 8,
         **probes: Any,
     ) -> None:
-        """Create or update a deployment and wait until Azure says how that went."""
+        """Create or update a deployment and wait for the result."""
         from azure.ai.ml.entities import (
             CodeConfiguration,
             Environment,
@@ -105,7 +105,7 @@ class Emulator:
         from azure.ai.ml import load_online_deployment
 
         changed = [{"endpoint_name": endpoint}, {"name": name}, *({k: v} for k, v in changes.items())]
-        with warnings.catch_warnings():  # its loader uses a part of marshmallow that goes away one day
+        with warnings.catch_warnings():  # the loader uses a deprecated part of marshmallow
             warnings.simplefilter("ignore")
             deployment = load_online_deployment(path, params_override=changed)
         self.client.online_deployments.begin_create_or_update(deployment).result()
@@ -123,7 +123,7 @@ class Emulator:
     def post(
         self, name: str, body: Any, *, key: str | None = None, deployment: str = "", stream: bool = False
     ) -> requests.Response:
-        """Post to the front end as any client would: a raw body, a JSON content type, a key."""
+        """Post to the front end as a plain HTTP client: a body, a JSON content type, a key."""
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key or self.key(name)}"}
         if deployment:
             headers["azureml-model-deployment"] = deployment
@@ -140,7 +140,7 @@ class Emulator:
 
 @contextmanager
 def emulator_in(folder: Path) -> Iterator[Emulator]:
-    """Start Azure below `folder` and point this process's SDK at it; both end with the block."""
+    """Start an emulator below `folder` and make this process's SDK use it, for the duration of the block."""
     before = dict(os.environ)
     with LocalAzure(folder) as azure:
         os.environ.update(azure.environ)
@@ -158,7 +158,7 @@ def write_parrot(folder: Path) -> Path:
 
 
 class Load:
-    """Callers that ask the front end without a pause until the block ends; their answers are in `replies`."""
+    """Clients that send requests without pause until the block ends; `replies`: (status, deployment) of the answers."""
 
     def __init__(self, emulator: Emulator, endpoint: str, body: Any, callers: int) -> None:
         self.emulator, self.endpoint, self.body, self.key = emulator, endpoint, body, emulator.key(endpoint)

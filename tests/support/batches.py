@@ -1,4 +1,4 @@
-"""What the batch tests share: jobs on the embedded model, files to score, results read back."""
+"""Support for batch tests: jobs on the embedded model, input files, reading of results."""
 
 import gzip
 import json
@@ -55,7 +55,7 @@ def results(out: Path, name: str) -> list[dict[str, Any]]:
 
 
 def places(records: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-    """Return row, line and what is wrong with each record: its code and field, None when nothing is."""
+    """Return (row, line, error) of each record; error: (code, field), or None."""
     return [
         (r["row"], r["line"], None if r["error"] is None else (r["error"]["code"], r["error"]["field"]))
         for r in records

@@ -1,6 +1,6 @@
-"""Compile every kernel for a GPU that need not be here, as a server would, and print what ptxas made of it as JSON.
+"""Compile every kernel for a GPU, as a server would, and print the resources that it uses as JSON; needs no GPU.
 
-Triton's interpreter runs Python; only its compiler says whether types, shapes and tile sizes are possible on a card.
+Triton's interpreter runs Python; only its compiler shows whether types, shapes and tile sizes work on a GPU.
 Usage: python compile_kernels.py 90   (compute capability times ten)
 """
 
@@ -24,7 +24,7 @@ INTEGERS = {"q_stride", "kv_stride", "table_stride", "n_heads", "x_stride", "n_r
 
 
 def cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
-    """(kernel, types of arguments that are not as usual, constants, warps, stages), as kernels.py launches them."""
+    """Yield (kernel, argument types other than `type_of`, constants, warps, stages), as engine/gpu launches them."""
     for dtype, head_dim, int8 in (("bf16", 128, False), ("fp16", 112, False), ("bf16", 128, True)):
         cached = "*i8" if int8 else f"*{dtype}"
         types = dict.fromkeys(("q", "kv", "out"), f"*{dtype}") | {"cache": cached, "positions": "*i64"}
@@ -75,7 +75,7 @@ def main() -> None:
     for fn, types, constants, n_warps, n_stages in cases():
         names = fn.arg_names
         signature = {n: "constexpr" if n in constants else types.get(n, type_of(n)) for n in names}
-        # As at run time, where pointers and most sizes are multiples of 16; loads are wide only then.
+        # As at run time, pointers and most sizes are multiples of 16, which allows wide loads.
         aligned = [
             n
             for n in names

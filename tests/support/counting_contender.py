@@ -1,11 +1,11 @@
-"""A contender of the benchmarks that counts on from the last token of every prompt, and imports nothing to do so."""
+"""A benchmark contender without imports: it counts up from the last token of each prompt."""
 
 from pathlib import Path
 from typing import Any
 
 
 def by_counting(folder: Path, dtype: str, greedy: bool) -> Any:
-    """dtype: "noisy" prints while it loads and generates; "short" forgets a token; "broken" does not load."""
+    """dtype: "noisy" prints while it loads and generates; "short" omits a token; "broken" fails to load."""
     if dtype == "broken":
         raise ValueError("cannot load")
     if dtype == "noisy":

@@ -1,9 +1,9 @@
-"""Run the tests that depend on the processor as this machine and as lesser ones.
+"""Run the tests that depend on the processor as this machine and as older ones.
 
     python tests/support/cpus.py [pytest options]
 
-A machine pretends to be another one by what PyTorch (ATEN_CPU_CAPABILITY), oneDNN (ONEDNN_MAX_CPU_ISA) and the compiler
-(-march, by a `gcc` of our own in front of the real one) are told. It can pretend to be lesser ones only.
+Settings of PyTorch (ATEN_CPU_CAPABILITY), oneDNN (ONEDNN_MAX_CPU_ISA) and the compiler (-march, set by a wrapper of
+gcc) limit the instructions that are used. Only processors with fewer instructions can be emulated.
 """
 
 import os
@@ -26,15 +26,15 @@ FILES = (
     "test_speculation.py",
     "test_paged_attention.py",
 )
-"""Kernels, quantization, model, sampling, engine: what the processor decides."""
+"""Kernels, quantization, model, sampling, engine: the tests whose code depends on the processor."""
 
 
 @dataclass(frozen=True)
 class Processor:
-    """A processor to pretend to be.
+    """A processor to emulate.
 
-    needs: flags of /proc/cpuinfo that this machine must have for it.  march: what the kernels are compiled for; None
-    leaves it as it is, "" lets compiling fail.  variables: what PyTorch and oneDNN read.
+    needs: flags of /proc/cpuinfo that this machine must have.  march: compiler option for the kernels; None: no
+    change, "": compiling fails.  variables: for PyTorch and oneDNN.
     """
 
     name: str
@@ -79,7 +79,7 @@ PROCESSORS = (
 
 
 def main() -> int:
-    """Return 0 when the tests pass as every processor that this machine can be."""
+    """Return 0 if the tests pass as every processor that this machine can emulate."""
     flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
     failed = []
     for processor in PROCESSORS:
@@ -91,12 +91,12 @@ def main() -> int:
             command = [sys.executable, "-m", "pytest", *(str(TESTS / file) for file in FILES), *sys.argv[1:]]
             if subprocess.run(command, env=environment(processor, Path(folder)), check=False).returncode:
                 failed.append(processor.name)
-    print(f"\nfailed as: {', '.join(failed)}" if failed else "\npassed as every processor that this one can be")
+    print(f"\nfailed as: {', '.join(failed)}" if failed else "\npassed as every processor that this one can emulate")
     return bool(failed)
 
 
 def environment(processor: Processor, folder: Path) -> dict[str, str]:
-    """Return the variables that make this machine `processor`; folder: an empty one for the compiler."""
+    """Return the environment that emulates `processor`. folder: an empty folder, for the compiler wrapper."""
     variables = os.environ | processor.variables
     if processor.march is not None:
         compiler = folder / "gcc"
@@ -107,9 +107,9 @@ def environment(processor: Processor, folder: Path) -> dict[str, str]:
 
 
 def _compiler(march: str) -> str:
-    """Return a script that compiles for `march` wherever it is asked to compile for this machine.
+    """Return a gcc wrapper that replaces -march=native by `march`.
 
-    Its version is another one, so that what it compiled is kept under another name.
+    It prints another version, so that compiled kernels are cached under another name.
     """
     if not march:
         return '#!/bin/sh\necho "no compiler here" >&2\nexit 1\n'

@@ -1,4 +1,4 @@
-"""Engines on tiny random checkpoints, and what tests ask of them."""
+"""Engines on tiny random checkpoints, and helpers for their tests."""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ HERE = Placement(CPU, torch.float32, kernels=not why_no_cpu_kernels())
 needs_kernels = pytest.mark.skipif(bool(why_no_cpu_kernels()), reason=f"no kernels in C: {why_no_cpu_kernels()}")
 COMPILED = pytest.param(True, id="compiled", marks=needs_kernels)
 EITHER = (pytest.param(False, id="oneDNN", marks=needs_kernels), COMPILED)
-"""For `load_tiny`, where rows must have the same bits in any company: linear layers by oneDNN, and by our kernels."""
+"""For `load_tiny`, in tests that rows have the same bits in every batch: linear layers by oneDNN and by our kernels."""
 CACHES = (pytest.param(False, id="slots", marks=needs_kernels), pytest.param(True, id="paged"))
 """For `paged`."""
 
@@ -51,9 +51,9 @@ class Tiny:
 def load_tiny(
     folder: Path, raw: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0, compiled: bool = False
 ) -> Tiny:
-    """Write and load a tiny model; `compiled`: with bfloat16 weights, for the kernels in C to compute with.
+    """Write and load a tiny model. compiled: with bfloat16 weights for the C kernels.
 
-    A bfloat16 model takes the product that a server takes on this processor.
+    A bfloat16 model uses the same product as a server on this processor.
     """
     tensors = write_checkpoint(folder, raw, seed, torch.bfloat16 if compiled else torch.float32)
     config = parse_config(raw)
@@ -78,9 +78,9 @@ def make_engine(
     speculate: int = 0,
     **options: Any,
 ) -> MPTEngine:
-    """Return a running engine on a CPU; as the server's, over slots where the kernels in C can run.
+    """Return a running engine on a CPU; by default with a slot cache if the C kernels can run, as in the server.
 
-    paged: over blocks, by PyTorch.  kernels: by the GPU's kernels, which Triton must be interpreting.
+    paged: with a paged cache and PyTorch attention.  kernels: with the GPU kernels, in Triton's interpreter.
     """
     config = model.config
     cache: Any
@@ -100,7 +100,7 @@ def make_engine(
 
 
 def sequence(prompt: list[int], **params: Any) -> Sequence:
-    """Return a sequence nobody waits for, for tests below the engine."""
+    """Return a sequence without a caller, for tests below the engine."""
     return Sequence(prompt, SamplingParams(**params), (0,), None, None, lambda _: None, None)
 
 
@@ -126,11 +126,11 @@ def all_logits(model: MPT, ids: list[int], cut_at: tuple[int, ...] = (), paged: 
 
 
 def rounding(config: MPTConfig, expected: Tensor) -> float:
-    """Return how far float32 logits [T, V] of a model may lie apart when sums are added up in another order.
+    """Return the tolerance for float32 logits [T, V] of a model when sums are added in another order.
 
-    An addition rounds by up to 2^-24 of its sum, either way, so a sum of n terms is off by about sqrt(n) 2^-24 of its
-    size. The same holds for sums one behind the other, with their lengths added up as n. Both sides are off by that
-    (sqrt 2), and the worst of some ten thousand logits lies four deviations out.
+    An addition rounds by up to 2^-24 of its sum, in either direction, so a sum of n terms has an error of about
+    sqrt(n) 2^-24 of its size. For consecutive sums, n is the total of their lengths. Both sides have that error
+    (sqrt 2), and the largest of some ten thousand logits deviates by four standard deviations.
     """
     in_a_layer = 3 * config.d_model + config.d_ff + config.head_dim + len(expected)
     n = config.n_layers * in_a_layer + config.d_model
@@ -143,9 +143,9 @@ def generate(engine: MPTEngine, prompt: list[int], **params: Any) -> list[int]:
 
 
 def fix_drafts(monkeypatch: pytest.MonkeyPatch, truth: list[int], n_right: int, then: int = 1, every: int = 1) -> None:
-    """Let drafts be the next `n_right` tokens of `truth`, a whole output, and behind them the token `then`.
+    """Make drafts of the next `n_right` tokens of `truth`, a whole output, followed by the token `then`.
 
-    every: only the first of so many steps has a draft.
+    every: only one of this many steps has a draft.
     """
     steps = count()
 

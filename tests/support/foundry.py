@@ -1,4 +1,4 @@
-"""An independent oracle: llm-foundry's published MPT maths, written out plainly, in float64, without a cache.
+"""An independent reference: llm-foundry's published MPT computation, in float64, without a cache.
 
 Transcribed from the formulas of MosaicML's llm-foundry (`models/mpt/modeling_mpt.py`, `models/layers/attention.py`,
 `models/layers/ffn.py`; Apache-2.0): the whole sequence at once, a bias for every pair of tokens, nothing fused, nothing
@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 _SCORES = 2_000_000
-"""Scores that are held at once, 16 MB: all of them would be 34 GB a head at 65,536 tokens."""
+"""Attention scores in memory at a time, 16 MB; all scores would take 34 GB per head at 65,536 tokens."""
 
 
 def foundry_logits(
@@ -23,7 +23,7 @@ def foundry_logits(
 ) -> Tensor:
     """Return float64 logits [T, V] of one sequence, or [len(at), V] of the positions `at`, in their order.
 
-    Only the last layer leaves the other positions out, since nothing comes after it.
+    Only the last layer can skip the other positions.
     """
     t = {name: tensor.double() for name, tensor in tensors.items()}
     attn, heads, d = raw["attn_config"], raw["n_heads"], raw["d_model"]
@@ -62,7 +62,7 @@ def foundry_logits(
             seen = int(q_positions.max()) + 1
             bias = slope * (position[:seen] - q_positions[:, None])  # key - query
             scores = torch.baddbmm(bias, q_piece * scale, rearrange(k[:, :seen], "h t e -> h e t"))
-            first = int(q_positions.min()) + 1  # where the first key may be that some query must not see
+            first = int(q_positions.min()) + 1  # first key that may be masked for some query
             scores[..., first:].masked_fill_(position[first:seen] > q_positions[:, None], -math.inf)
             weights = torch.softmax(scores, dim=-1)
             pieces.append(weights @ v[:, :seen])
@@ -77,7 +77,7 @@ def foundry_logits(
 
 
 def slopes(n_heads: int, bias_max: float) -> Tensor:
-    """Return the ALiBi slopes, [H] float64, head by head as the paper's recipe for odd head counts says."""
+    """Return the ALiBi slopes, [H] float64, in the paper's order for head counts that are not powers of two."""
     n = 2 ** math.ceil(math.log2(n_heads))
     values = [2 ** (-bias_max * m / n) for m in range(1, n + 1)]
     ordered = values if n == n_heads else (values[1::2] + values[0::2])[:n_heads]

@@ -1,4 +1,4 @@
-"""Application Insights, as far as its client can tell: an HTTP server that takes telemetry, and here keeps it."""
+"""A stand-in for Application Insights: an HTTP server that accepts telemetry and keeps it."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ class Ingestion(ThreadingHTTPServer):
 
     @property
     def environ(self) -> dict[str, str]:
-        """Variables that make azmlinfsrv's own client send its telemetry here."""
+        """Variables that make azmlinfsrv send its telemetry here."""
         endpoint = f"http://127.0.0.1:{self.server_port}/"
         return {
             "AML_APP_INSIGHTS_ENABLED": "true",
@@ -30,7 +30,7 @@ class Ingestion(ThreadingHTTPServer):
         }
 
     def span(self, request_id: str) -> dict[str, Any]:
-        """Return the properties of the one span of a request, once it has been uploaded."""
+        """Return the properties of a request's only span; waits until it is uploaded."""
 
         def uploaded() -> list[dict[str, Any]]:
             data = [item["data"] for item in list(self.items)]

@@ -1,4 +1,4 @@
-"""The OpenAI server, really served: as a process of its own on the embedded model."""
+"""The OpenAI server as a real process, on the embedded model."""
 
 import os
 import subprocess

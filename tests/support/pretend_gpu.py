@@ -1,9 +1,9 @@
-"""A GPU that is none: tensors which say that they are on "cuda" while their numbers are in a CPU's memory.
+"""A simulated GPU: tensors report the device "cuda" while their data is in CPU memory.
 
-It stops at what a real one stops at and CPU tensors let pass: operations across two devices, and while a graph is
-captured whatever waits for the device or copies to or from the CPU. A captured graph is replayed from the memory and
-the Python numbers that it was captured with. Triton kernels run in the interpreter, on GPU tensors only. Not checked:
-speed, and in which order streams do things.
+It fails where a real GPU fails and CPU tensors do not: for operations across two devices and, during graph capture,
+for everything that waits for the device or copies to or from the CPU. A captured graph is replayed with the memory
+and the Python numbers of its capture. Triton kernels run in the interpreter, on GPU tensors only. It simulates
+neither speed nor the order of streams.
 """
 
 import operator
@@ -28,7 +28,7 @@ _GPU = torch.device("cuda", 0)
 
 
 class GpuTensor(Tensor):
-    """on_cpu: what holds the numbers; views share its storage."""
+    """A tensor on the simulated GPU. on_cpu: holds the data; views share its storage."""
 
     on_cpu: Tensor
 
@@ -71,11 +71,11 @@ _OURS = {
     Tensor.nonzero: _aten.nonzero.default,
     Tensor.__invert__: _aten.bitwise_not.default,
 }
-"""What asks for the CUDA that PyTorch was built with before it comes to the tensors."""
+"""Operations for which PyTorch initializes CUDA before it dispatches on the tensors."""
 
 
 class _Everywhere(TorchDispatchMode):
-    """Takes part in operations that have no tensor to start from."""
+    """Intercepts operations without tensor arguments."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -108,7 +108,7 @@ class Graph:
 
 
 class _State:
-    """What the device is doing. unpinned: copies so far of a CPU's ordinary memory, which wait for the device."""
+    """The state of the device. unpinned: number of copies from pageable CPU memory, which wait for the device."""
 
     def __init__(self) -> None:
         self.graph: Graph | None = None
@@ -124,9 +124,9 @@ def _is_cuda(device: Any) -> bool:
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Compute one operation on the CPU, by the GPU's rules."""
+    """Run one operation on the CPU, with the checks of a GPU."""
     args, kwargs = tree_map(lambda x: _GPU if isinstance(x, torch.device) and x.type == "cuda" else x, (args, kwargs))
-    if func not in _INDEXING:  # in inference mode even operations made of others come here
+    if func not in _INDEXING:  # in inference mode, composite operations arrive here too
         with _Everywhere():
             parts = func.decompose(*args, **kwargs)
         if parts is not NotImplemented:
@@ -217,7 +217,7 @@ def _synchronize(*_: Any) -> None:
 
 @contextmanager
 def pretend_gpu(capability: tuple[int, int] = (9, 0)) -> Iterator[_State]:
-    """Let there be a GPU, for this thread and those that it starts."""
+    """Simulate a GPU for this thread and the threads that it starts."""
     STATE.__init__()  # type: ignore[misc]
     run_thread, run_kernel = threading.Thread.run, InterpretedFunction.run
 

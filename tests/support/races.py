@@ -1,7 +1,7 @@
-"""Triton launches in the interpreter: their programs in another order, and what each of them reads and writes.
+"""Triton launches in the interpreter: runs their programs in other orders, and records what each reads and writes.
 
 On a GPU the programs of a launch run at once and in any order. The interpreter runs them one after the other in the
-order of the grid, so a program that reads what another one writes goes unnoticed there.
+order of the grid, so it does not show that a program reads what another one writes.
 """
 
 import random
@@ -29,12 +29,12 @@ ORDERS: dict[str, Callable[[list[Program]], list[Program]]] = {
     "first of the last axis last": lambda programs: sorted(programs, key=lambda p: p[2] == 0),
     **{f"shuffled {seed}": _shuffled(seed) for seed in range(3)},
 }
-"""Of all programs of a launch, in the order of the grid. The last axis of decode_attention is its splits."""
+"""Orders of a launch's programs, given in grid order. The last axis of decode_attention is its splits."""
 
 
 @contextmanager
 def ordered(order: str) -> Iterator[None]:
-    """Let launches run their programs in the order of that name."""
+    """Run the programs of launches in the named order."""
     builder = interpreter.interpreter_builder
     set_index = builder.set_grid_idx
     known: dict[Program, list[Program]] = {}
@@ -51,7 +51,7 @@ def ordered(order: str) -> Iterator[None]:
 
 
 class Watched:
-    """What launches did, by kernel and argument.
+    """The memory accesses of launches, by kernel and argument.
 
     read, written: the arguments that each kernel read and wrote.  raced: (kernel, argument) where one program read what
     another one of the same launch wrote, whatever the order.  written_twice: where several programs wrote one element,
@@ -72,7 +72,7 @@ class Watched:
         self._accesses[kind].append((addresses[live], (x * ny + y) * nz + z))
 
     def end(self, kernel: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Judge the launch that has just ended."""
+        """Evaluate the accesses of the launch that has just ended."""
         read, atomic, written = (_joined(self._accesses[kind]) for kind in ("read", "atomic", "written"))
         self._accesses.clear()
         changed = np.concatenate((atomic, written), axis=1)
@@ -113,7 +113,7 @@ def _addresses(tensor: torch.Tensor) -> np.ndarray:
 
 @contextmanager
 def watched() -> Iterator[Watched]:
-    """Note every element that launches read and write."""
+    """Record every element that launches read and write."""
     builder, record = interpreter.interpreter_builder, Watched()
     load, store, atomic = builder.create_masked_load, builder.create_masked_store, builder.create_atomic_rmw
     run = interpreter.GridExecutor.__call__

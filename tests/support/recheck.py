@@ -1,12 +1,12 @@
-"""Whether answers that the OpenAI server gave under a mixed load are the answers that it gives alone.
+"""Checks that the OpenAI server gives the same answers under a mixed load as for each request alone.
 
     python tests/support/recheck.py --minutes 10 --json rechecks.jsonl
 
-A server on the embedded model, with room for few sequences, is asked by many clients at once: completions, chats and
-/score, whole and streamed, some of whose callers hang up, beside processes that take its cores. All requests are
-seeded. Each answer that did not end for a reason of time is asked for again: one half of the same server when it is
-idle, the other of one that computes one sequence at a time and has nothing in its cache. What differs is printed, with
-the words of the prompts, which are made up.
+Many clients send requests to a server with the embedded model and memory for few sequences: completions, chats and
+/score, complete and streamed. Some callers disconnect, and other processes use the cores. All requests have seeds.
+Every request whose answer did not depend on time is repeated: one half on the same server when it is idle, the other
+half on a server that computes one sequence at a time, with an empty cache. Differences are printed, with the (random)
+prompts.
 """
 
 import argparse
@@ -30,10 +30,10 @@ from openai_process import OpenAIServer
 from serving import Stream, metrics, post
 
 TIMED = ("cancelled", "deadline")
-"""Reasons of an end that depend on time; such answers are not compared."""
+"""Finish reasons that depend on time; such answers are not compared."""
 
 TIGHT = {"MPT_MAX_ROWS": "6", "MPT_KV_CACHE_GB": "0.03", "MPT_PREFILL_TOKENS": "256", "MPT_LOG_LEVEL": "WARNING"}
-"""Six rows of up to 2,048 tokens, with memory for 1,800 in all."""
+"""Six rows of up to 2,048 tokens, with memory for 1,800 in total."""
 
 LONE = {"MPT_MAX_ROWS": "1", "MPT_CPU_THREADS": "1", "MPT_LOG_LEVEL": "WARNING"}
 
@@ -46,7 +46,7 @@ WORDS = [
 
 @dataclass(frozen=True)
 class Ask:
-    """One request. hang_up_after: events of its stream after which the caller goes away."""
+    """One request. hang_up_after: number of stream events after which the caller disconnects."""
 
     number: int
     path: str
@@ -61,10 +61,10 @@ class Ask:
 
 @dataclass(frozen=True)
 class Answer:
-    """What does not depend on time of an answer, and what may tell why it was another one.
+    """The parts of an answer that do not depend on time, and data that may explain a difference.
 
-    choices: of each sequence its text, why it ended, its seed and its log probabilities.  seconds: started, ended, on
-    the monotonic clock.  reused: prompt tokens that were not computed, where the answer says so.  problem: why there
+    choices: per sequence its text, finish reason, seed and log probabilities.  seconds: start and end, on the
+    monotonic clock.  reused: prompt tokens that were not computed, where the answer says so.  problem: why there
     is no answer at all.
     """
 
@@ -81,14 +81,14 @@ class Answer:
 
 @dataclass
 class Found:
-    """How many answers were compared and of what kind, and the differences in words."""
+    """Counts of compared answers by kind, and the differences as text."""
 
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
 
 
 def asks(seed: int) -> Iterator[Ask]:
-    """Yield requests without end, always the same ones for one seed."""
+    """Yield an endless sequence of requests, determined by the seed."""
     lot = random.Random(seed)
     stems = [lot.choices(WORDS, k=700) for _ in range(4)]
     number = 0
@@ -146,7 +146,7 @@ def _ask(lot: random.Random, stems: list[list[str]], number: int) -> Ask:
 
 
 def ask(port: int, asked: Ask, whole: bool = False) -> Answer:
-    """Return the answer to a request; one whose caller hung up has no choices.  whole: nobody hangs up."""
+    """Return the answer to a request, without choices if the caller disconnected.  whole: never disconnect."""
     started = time.monotonic()
     if not asked.streamed:
         reply = post(port, asked.body, path=asked.path)
@@ -233,7 +233,7 @@ def _choice(text: str, reason: str | None, seed: int | None, logprobs: Any) -> d
 
 @contextmanager
 def busy(n: int) -> Iterator[None]:
-    """Let `n` processes compute meanwhile, half of the time each: steps then flip between one thread and all."""
+    """Run `n` processes that compute half of the time, so that steps alternate between one thread and all."""
     endless = "import time\nwhile True:\n t = time.time() + 0.7\n while time.time() < t: pass\n time.sleep(0.5)"
     processes = [subprocess.Popen([sys.executable, "-c", endless]) for _ in range(n)]
     try:
@@ -251,7 +251,7 @@ def under_load(port: int, asked: list[Ask], n_clients: int, n_busy: int) -> list
 
 
 def patiently(port: int, asked: Ask, whole: bool = False) -> Answer:
-    """Return what `ask` does; also where no answer comes."""
+    """As `ask`, but return an Answer with `problem` if the connection fails."""
     started = time.monotonic()
     try:
         return ask(port, asked, whole)
@@ -262,7 +262,7 @@ def patiently(port: int, asked: Ask, whole: bool = False) -> Answer:
 def recheck(
     port: int, lone_port: int, asked: list[Ask], answers: list[Answer], report: Found, out: TextIO | None
 ) -> None:
-    """Ask for each complete answer again, alone, of one of both servers, and note what differs."""
+    """Repeat the request of each complete answer, alone, on one of both servers; record the differences."""
 
     def of_one(lone: bool) -> dict[int, Answer]:
         mine = (a for a, answer in zip(asked, answers, strict=True) if answer.complete and (a.number % 2 == 0) == lone)
@@ -289,13 +289,13 @@ def recheck(
 
 
 def _alone(port: int, a: Ask, lone: bool) -> Answer:
-    if lone:  # takes the only slot, so that nothing is remembered
+    if lone:  # takes the only slot, so that no prefix is reused
         patiently(port, Ask(-1, "/v1/completions", {"prompt": [1], "max_tokens": 1}))
     return patiently(port, a, whole=True)
 
 
 def _difference(a: Ask, answer: Answer, again: Answer) -> str:
-    """Return where two answers to a request part, in words."""
+    """Return as text where two answers to a request differ."""
     parts = [
         f"{a.path} number {a.number} from {answer.seconds[0]:.3f} to {answer.seconds[1]:.3f}: {json.dumps(a.body)}"
     ]
@@ -312,7 +312,7 @@ def _difference(a: Ask, answer: Answer, again: Answer) -> str:
 
 
 def reached(port: int) -> dict[str, float]:
-    """Return what the load made of a server so far."""
+    """Return the server's counters of preemptions and tokens."""
     names = (
         "mpt_preemptions_total",
         "mpt_reused_tokens_total",
@@ -325,7 +325,7 @@ def reached(port: int) -> dict[str, float]:
 def drive(
     minutes: float, seed: int, n_clients: int, n_busy: int, environ: Mapping[str, str], out: TextIO | None = None
 ) -> tuple[Found, dict[str, float]]:
-    """Load and recheck for a while, in rounds; return what was found, and what the load made of the server."""
+    """Load and recheck in rounds for `minutes`; return the comparison and the server's counters."""
     report, ends, endless = Found(), time.monotonic() + 60 * minutes, asks(seed)
     with OpenAIServer(TIGHT | dict(environ)) as openai_server, OpenAIServer(LONE) as lone:
         while True:

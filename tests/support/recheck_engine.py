@@ -1,11 +1,11 @@
-"""Whether an engine under a mixed load computes what each sequence would get alone: the same logits, bit for bit.
+"""Checks that an engine under a mixed load computes the same logits, bit for bit, as for each sequence alone.
 
     python tests/support/recheck_engine.py --minutes 3 --seed 1
 
-Random sequences go through real engines with tight caches, few rows and small chunks, so that they are cut, preempted
-and cancelled, share prefixes and meet failing steps; the number of threads changes from step to step. Every sequence
-is then computed again by the same model alone, in a fresh cache, its prompt in one piece. Compared are its tokens with
-their log probabilities and a digest of the logits that each was drawn from.
+Random sequences run on real engines with small caches, few rows and small chunks. Some are chunked, preempted or
+cancelled, share prefixes or are in failing steps; the number of threads changes from step to step. The same model
+then computes every sequence alone, in a new cache, its prompt in one chunk. The check compares tokens, log
+probabilities, and a digest of the logits of each token.
 """
 
 import argparse
@@ -43,12 +43,12 @@ from tiny import tiny_config
 
 EMBEDDED = Path(__file__).resolve().parents[2] / "samples" / "mpt-8m"
 WHOLE = ("eos", "length", "stop")
-"""Reasons of an end that do not depend on time."""
+"""Finish reasons that do not depend on time."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One sequence. cancel_after: tokens after which its caller goes away.  late_s: its deadline, from the start."""
+    """One sequence. cancel_after: tokens after which its caller cancels.  late_s: its deadline after submission."""
 
     prompt: list[int]
     params: SamplingParams
@@ -59,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Load:
-    """What one engine is given, all of it drawn from `seed`.
+    """Sequences and limits of one engine, all determined by `seed`.
 
     n_blocks, max_rows, prefill_tokens, speculate: the engine's.  failing: the share of steps that fail.
     """
@@ -75,14 +75,14 @@ class Load:
 
 @dataclass
 class Found:
-    """What came of loads: how many sequences were compared, how they had fared, and the differences in words."""
+    """Counts of sequences by what happened to them, and the differences as text."""
 
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
 
 
 class Recorder:
-    """Samples, and keeps a digest of the logits behind each token: of[sequence][how many tokens came before]."""
+    """Samples, and keeps a digest of the logits of each token: of[sequence][index of the token]."""
 
     def __init__(self) -> None:
         self.of: dict[Sequence, dict[int, int]] = {}
@@ -97,7 +97,7 @@ class Recorder:
 
 
 class FlippingThreads:
-    """Stands in for StepThreads: one thread or two by lot."""
+    """Replaces StepThreads: one or two threads at random."""
 
     def __init__(self, lot: random.Random, together: float) -> None:
         self._lot, self._together = lot, together
@@ -109,7 +109,7 @@ class FlippingThreads:
 
 
 class FailingAttention(SlotAttention):
-    """Fails in the middle of some steps, when part of their keys and values is written."""
+    """Fails in some steps at a random layer, after part of the keys and values is written."""
 
     lot: random.Random
     failing = 0.0
@@ -127,7 +127,7 @@ class FailingAttention(SlotAttention):
 
 
 def random_load(seed: int, n: int, n_vocab: int, most_tokens: int) -> Load:
-    """Return `n` sequences of at most `most_tokens` tokens each, and an engine that is too small for them."""
+    """Return `n` sequences of at most `most_tokens` tokens each, and the limits of an engine too small for them."""
     lot = random.Random(seed)
     stems = [[lot.randrange(1, n_vocab) for _ in range(most_tokens)] for _ in range(3)]
     cases = [_case(lot, stems, n_vocab, most_tokens) for _ in range(n)]
@@ -184,7 +184,7 @@ def _case(lot: random.Random, stems: list[list[int]], n_vocab: int, most_tokens:
 
 
 def run(model: MPT, load: Load, recorder: Recorder, together: float = 0.5) -> tuple[list[Sequence], MPTEngine]:
-    """Return the ended sequences of a load, in order, and the closed engine that they went through.
+    """Return the finished sequences of a load, in order, and the closed engine that computed them.
 
     together: the share of steps that take two threads.
     """
@@ -216,7 +216,7 @@ def run(model: MPT, load: Load, recorder: Recorder, together: float = 0.5) -> tu
 
 
 class _Ends:
-    """A stop check that ends a sequence at a token, or goes away."""
+    """A stop check that ends a sequence at a token, or cancels it."""
 
     def __init__(self, case: Case) -> None:
         self._case, self._n = case, 0
@@ -231,7 +231,7 @@ class _Ends:
 
 @torch.inference_mode()
 def alone(model: MPT, case: Case, recorder: Recorder) -> Sequence:
-    """Return a sequence that was computed with nothing beside it, token by token after its whole prompt."""
+    """Return the sequence computed alone: the prompt in one chunk, then token by token."""
     torch.set_num_threads(1)
     cache = SlotCache(
         model.config, n_blocks_for(len(case.prompt) + case.params.max_new_tokens), 1, model.config.max_seq_len
@@ -253,7 +253,7 @@ def alone(model: MPT, case: Case, recorder: Recorder) -> Sequence:
 
 
 def recheck(model: MPT, load: Load, report: Found, together: float = 0.5) -> None:
-    """Run a load, compute each of its sequences again alone, and note what differs."""
+    """Run a load, compute each of its sequences again alone, and record the differences."""
     recorder = Recorder()
     sequences, engine = run(model, load, recorder, together)
     report.counts["preemptions"] += engine.scheduler.n_preemptions
@@ -326,7 +326,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--together", type=float, default=0.3, help="share of steps with two threads")
     args = parser.parse_args()
-    logging.disable()  # steps that were to fail
+    logging.disable()  # silences the steps that fail on purpose
     report, ends, seed = Found(), time.monotonic() + 60 * args.minutes, args.seed
     with tempfile.TemporaryDirectory() as folder:
         model, n_vocab = model_named(args.model, Path(folder), not args.plain, getattr(torch, args.dtype))

@@ -1,4 +1,4 @@
-"""What the host's tests share: real servers, plain HTTP, server-sent events, a server's metrics, patience."""
+"""Support for server tests: real servers, plain HTTP, server-sent events, metrics, waiting."""
 
 import http.client
 import json
@@ -18,7 +18,7 @@ MODEL_DIR = ROOT / "samples" / "mpt-8m"
 SAMPLE = ROOT / "samples" / "online" / "basic.json"
 
 PATIENCE_S = 60.0
-"""Longer than anything takes on a machine that is busy with something else; only a hang reaches it."""
+"""Longer than anything takes on a busy machine; only a hang reaches it."""
 
 QUEUE_LIMIT = 64
 """Of the shared server: small enough for a test to fill."""
@@ -47,7 +47,7 @@ class Event:
 
 
 class LoggedServer(Server):
-    """The embedded model behind the real azmlinfsrv, started as the launcher does it, its whole output kept."""
+    """The embedded model in the real azmlinfsrv, started by the launcher. `output`: all lines of its output."""
 
     def __init__(self, environ: Mapping[str, str] | None = None, **options: Any) -> None:
         self.output: list[str] = []
@@ -57,14 +57,14 @@ class LoggedServer(Server):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop(timeout_s=0)  # a second faster than in peace, which is for the tests of stopping
+        self.stop(timeout_s=0)  # a second faster than a graceful stop, which other tests cover
 
     def records(self) -> list[dict[str, Any]]:
         """Return the package's own log so far, which is one JSON object per line."""
         return [json.loads(line) for line in list(self.output) if line.startswith("{")]
 
     def logged(self, request_id: str) -> dict[str, Any]:
-        """Return what the log says of one request, once it does."""
+        """Return the log record of a request; waits for it."""
 
         def record() -> dict[str, Any] | None:
             matching = [r for r in self.records() if r.get("request_id") == request_id]
@@ -79,9 +79,9 @@ class LoggedServer(Server):
 
 
 def write_entry_script(folder: Path, more: str) -> Path:
-    """Write an entry script into `folder` that is the real one, loaded as `score`, and then `more`; return the folder.
+    """Write an entry script into `folder`: the real one, loaded as `score`, followed by `more`; return the folder.
 
-    `more` may define init() or run() anew: what a test cannot ask of the real server, such as to break its engine.
+    `more` may replace init() or run(), for example to break the engine.
     """
     openai_server = f"""
 from importlib.util import module_from_spec, spec_from_file_location
@@ -110,7 +110,7 @@ def exchange(
     body: Any = None,
     headers: Mapping[str, str] | None = None,
 ) -> Reply:
-    """Return the answer to one request on an open connection, which stays open where the server lets it."""
+    """Return the answer to a request on an open connection, which stays open if the server allows it."""
     connection.request(method, path, None if body is None else encoded(body), dict(headers or {}))
     return reply(connection.getresponse())
 
@@ -128,7 +128,7 @@ def get(port: int, path: str) -> Reply:
 
 
 def post(port: int, body: Any, headers: Mapping[str, str] | None = None, path: str = "/score") -> Reply:
-    """Post to /score on a connection of its own; like `curl -d` would, only with no content type at all."""
+    """Post on a new connection, like `curl -d` but without a content type."""
     connection = connect(port)
     try:
         return exchange(connection, "POST", path, body, headers)
@@ -159,7 +159,7 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Hang up, also in the middle of the answer."""
+        """Close the connection, also in the middle of the answer."""
         self.response.close()
         self.connection.close()
 
@@ -203,12 +203,12 @@ def metrics(port: int) -> dict[str, float]:
 
 
 def n_finished(port: int) -> float:
-    """Return how many sequences have ended, for whatever reason."""
+    """Return how many sequences have ended, for any reason."""
     return sum(value for name, value in metrics(port).items() if name.startswith("mpt_sequences_total"))
 
 
 def eventually(condition: Callable[[], Any], what: str, timeout_s: float = PATIENCE_S) -> Any:
-    """Return the first truthy value of `condition`, asked again and again; fails, naming `what`, when none comes."""
+    """Poll `condition` and return its first truthy value; fails with `what` after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s:.0f} s"

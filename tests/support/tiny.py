@@ -1,4 +1,4 @@
-"""Tiny random MPT checkpoints for tests: small enough to write in milliseconds, every option of the family possible."""
+"""Tiny random MPT checkpoints for tests: written in milliseconds, with every option of the family."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from mptserve.engine.checkpoint.config import parse_config
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:
-    """Return a config.json that `transformers` reads too, as a dict.
+    """Return a config.json, as a dict, that `transformers` can read too.
 
     changes: top-level keys (`n_heads=3, d_model=48`), or keys of attn_config (`clip_qkv=0.5`), which go where they
     belong; `attn_config={...}` is merged, not replaced. Numbers stay as given: `transformers` wants `clip_qkv` a float
@@ -54,14 +54,14 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
 
 
 MPT_7B = tiny_config(d_model=4096, n_heads=32, n_layers=32, vocab_size=50432, max_seq_len=2048)
-"""Of the published size, for arithmetic only."""
+"""A config of the published size, for arithmetic only."""
 
 
 def random_tensors(raw_config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Return a tensor for every published name.
 
-    Linears keep the size of what passes through them and logits have a spread of about 2, so that greedy tokens
-    are no ties and attention is neither flat nor one-hot.
+    Linear layers preserve the scale of their input and logits have a standard deviation of about 2, so that greedy
+    tokens are not ties and attention is neither uniform nor one-hot.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}

@@ -229,7 +229,7 @@ def test_engine_sees_tokens_and_tensors_and_nothing_of_the_world_outside(path: P
 
 LAYERS = [
     {"errors", "strict_json"},
-    {"settings", "log", "process", "repetition", "engine"},
+    {"settings", "log", "process_exit", "repetition", "engine"},
     {"tokenizer", "safety"},
     {"prompt"},
     {"request"},

@@ -1,1 +1,1 @@
-"""The local Azure emulator: as much of Azure ML as the real SDK needs to deploy this package here. See README.md."""
+"""The local Azure emulator: the parts of Azure ML that the real SDK needs to deploy this package. See README.md."""

@@ -1,4 +1,4 @@
-"""`make azure-local`: keeps the local Azure emulator running and prints what a notebook needs to use it."""
+"""`make azure-local`: runs the local Azure emulator and prints the settings that a notebook needs to use it."""
 
 import argparse
 import signal
@@ -10,9 +10,9 @@ from local_azure.azure import LocalAzure, settings_text
 
 
 def main() -> None:
-    """Serve until Ctrl-C or SIGTERM; then end every deployment and forget everything."""
+    """Serve until Ctrl-C or SIGTERM; then stop every deployment and delete all data."""
     parser = argparse.ArgumentParser(prog="make azure-local", description=__doc__)
-    parser.add_argument("--port", type=int, default=0, help="a fixed port; default: a free one")
+    parser.add_argument("--port", type=int, default=0, help="port to listen on; default: a free port")
     args = parser.parse_args()
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -22,7 +22,7 @@ def main() -> None:
             f"# The local Azure emulator at {azure.url}. Paste this at the end of a notebook's first cell:\n",
             flush=True,
         )
-        print(settings_text(azure) + "\n\n# Ctrl-C stops it, its deployments with it.", flush=True)
+        print(settings_text(azure) + "\n\n# Ctrl-C stops the emulator and its deployments.", flush=True)
         stopped.wait()
 
 

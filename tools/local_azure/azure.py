@@ -1,4 +1,4 @@
-"""The whole emulator: one HTTPS server on loopback, and the settings that point the SDK at it."""
+"""The emulator: one HTTPS server on loopback, and the settings that make the SDK use it."""
 
 import asyncio
 import secrets
@@ -28,7 +28,10 @@ RESOURCE_GROUP, WORKSPACE = "local", "local"
 
 
 class LocalAzure:
-    """Azure on a free port of 127.0.0.1, below `root`; a context manager. Everything it started ends with it."""
+    """An emulator on 127.0.0.1 with its files below `root`; a context manager. Its processes end with it.
+
+    port: 0 chooses a free one.
+    """
 
     def __init__(self, root: Path, port: int = 0) -> None:
         self.root = root.resolve()
@@ -58,7 +61,7 @@ class LocalAzure:
 
     async def _serve(self) -> None:
         await self._server.serve([self._socket])
-        # asyncio waits half a minute for idle clients to agree on the end of TLS, and has no public way not to.
+        # asyncio waits 30 s for the TLS shutdown of idle clients and has no public option to skip it.
         for transport in list(getattr(asyncio.get_running_loop(), "_transports", {}).values()):
             transport.abort()
         await asyncio.sleep(0.05)
@@ -78,11 +81,11 @@ class LocalAzure:
 
     @property
     def environ(self) -> dict[str, str]:
-        """Return the variables under which azure-ai-ml and azure-identity talk to the emulator, unchanged.
+        """Return the environment variables that make unchanged azure-ai-ml and azure-identity use the emulator.
 
-        ARM_CLOUD_METADATA_URL is how the SDK learns of a cloud of its own (azure.ai.ml `_azure_environments.py`);
-        IDENTITY_… is a managed identity as App Service offers it, which DefaultAzureCredential finds
-        (azure.identity `_credentials/app_service.py`); REQUESTS_CA_BUNDLE makes its certificate trusted.
+        ARM_CLOUD_METADATA_URL tells the SDK of a custom cloud (azure.ai.ml `_azure_environments.py`). IDENTITY_… is a
+        managed identity in App Service's form, which DefaultAzureCredential finds (azure.identity
+        `_credentials/app_service.py`). REQUESTS_CA_BUNDLE makes clients trust the emulator's certificate.
         """
         return {
             "ARM_CLOUD_METADATA_URL": f"{self.url}/metadata/endpoints?api-version=2019-05-01",
@@ -106,7 +109,7 @@ class LocalAzure:
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             frontend = Frontend(self.online.endpoints, self.entra_tokens)
-            app.router.routes[:0] = frontend.routes  # its client belongs to this event loop
+            app.router.routes[:0] = frontend.routes  # created here: its HTTP client belongs to this event loop
             yield
             await frontend.close()
             await self.batch.close()
@@ -129,7 +132,7 @@ class LocalAzure:
     async def _metadata(self, _: Request) -> Response:
         """Describe this cloud as https://management.azure.com/metadata/endpoints does for the public one."""
         cloud = {
-            "name": "AzureOnTheDesk",
+            "name": "LocalAzure",
             "portal": "https://portal.azure.local/",
             "resourceManager": self.url,
             "authentication": {"loginEndpoint": self.url},
@@ -147,7 +150,7 @@ class LocalAzure:
         return JSONResponse(answer | {"resource": resource})
 
     async def _telemetry(self, request: Request) -> Response:
-        """Take what Application Insights' client sends, as its ingestion endpoint does."""
+        """Accept telemetry as the ingestion endpoint of Application Insights does."""
         self.telemetry.append(await request.body())
         return JSONResponse({"itemsReceived": 1, "itemsAccepted": 1, "errors": []})
 

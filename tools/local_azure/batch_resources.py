@@ -1,7 +1,7 @@
-"""Batch endpoints and their jobs: what an invocation starts, how it is watched, where its results are found.
+"""Jobs of batch endpoints: invocation, status, and download of the results.
 
-An invocation runs the parallel driver (parallel_driver.py) on the deployment's code, model and settings, all on this
-machine. Results lie in the workspace's container, below azureml/JOB/score. What the SDK asks was read in
+An invocation runs the parallel driver (parallel_driver.py) on this machine, with the deployment's code, model and
+settings. Results are in the workspace's container, below azureml/JOB/score. The SDK's requests are from the source of
 azure.ai.ml 1.35: `operations/_batch_endpoint_operations.py` (invoke), `_job_operations.py` (download of a
 "batchrun"), `_run_operations.py` (run history), `_dataset_dataplane_operations.py`.
 """
@@ -29,11 +29,11 @@ RUNS = (
 )
 URIS = RUNS.replace("history", "data") + "/dataversion/batchGetResolvedUris"
 CHILD = "-batchscoring"
-"""Azure's job is a pipeline of one step called "batchscoring"; the results are the step's output "score"."""
+"""Azure's job is a pipeline with one step, "batchscoring"; the results are the step's output "score"."""
 
 
 class BatchJobs:
-    """Jobs of this Azure, by name."""
+    """The batch jobs by name, and the routes for them."""
 
     def __init__(self, url: str, root: Path, manager: ResourceManager, online: OnlineResources) -> None:
         self.url, self.root, self.manager, self.online = url, root, manager, online
@@ -48,7 +48,7 @@ class BatchJobs:
         ]
 
     async def close(self) -> None:
-        """End what runs."""
+        """Cancel all running jobs and wait for their end."""
         for driver in self.drivers.values():
             driver.cancel()
         await asyncio.gather(*self._tasks)
@@ -57,14 +57,14 @@ class BatchJobs:
         return JSONResponse({"api": self.url, "history": self.url, "data": self.url})
 
     async def invoke(self, request: Request) -> Response:
-        """Start a job and answer with it, as it is then."""
+        """Start a job and answer with its resource."""
         try:
             name = f"batchjob-{uuid.uuid4()}"
             endpoint = self._resource(f"/batchendpoints/{request.path_params['endpoint'].lower()}")
             deployment_name = request.headers.get("azureml-model-deployment")
             deployment_name = deployment_name or (endpoint["properties"].get("defaults") or {}).get("deploymentName")
             if not deployment_name:
-                raise Refused(400, "BadRequest", "the endpoint has no default deployment, and the call names none")
+                raise Refused(400, "BadRequest", "the endpoint has no default deployment, and the request names none")
             deployment = self._resource(
                 f"{endpoint['id'].partition('/workspaces/')[2].partition('/')[2]}/deployments/{deployment_name}".lower()
             )
@@ -78,7 +78,7 @@ class BatchJobs:
             "status": "Running",
             "displayName": name,
             "experimentName": endpoint["name"],
-            # with these the SDK's download() looks for the step's output (`is_batch_job`)
+            # the SDK's download() then looks for the step's output (`is_batch_job`)
             "tags": {"azureml.batchrun": "true"},
             "properties": {},
             "services": {"Studio": {"endpoint": f"{self.url}/studio/{name}", "jobServiceType": "Studio"}},
@@ -101,7 +101,7 @@ class BatchJobs:
         properties["properties"]["reason"] = outcome.reason
 
     def _job(self, name: str, properties: dict[str, Any], input_dir: Path) -> ParallelJob:
-        """Return the job of a deployment as the resource manager has it; defaults are the YAML reference's."""
+        """Return the job for a deployment's resource; defaults are those of the YAML reference."""
         code = properties.get("codeConfiguration") or {}
         if not code.get("codeId"):
             raise Refused(400, "MissingDriverProgram", "a deployment of a custom model needs a code_configuration")
@@ -133,7 +133,7 @@ class BatchJobs:
         return self.online.code(code_id, self.manager.resources)
 
     def _model(self, model: Any, work_dir: Path) -> Path | None:
-        """Lay the model out one folder deep, as Azure mounts it."""
+        """Return a folder that contains the model, as Azure mounts it."""
         id_ = (model.get("assetId") or "") if isinstance(model, dict) else (model or "")
         model_path = self.online.model(id_, self.manager.resources)
         if model_path is None:
@@ -144,7 +144,7 @@ class BatchJobs:
         return folder
 
     def _input(self, invocation: dict[str, Any]) -> Path:
-        """Return the folder of an invocation's one input: a datastore path, or a data asset."""
+        """Return the folder of the invocation's input, a datastore path or a data asset."""
         inputs = list((invocation.get("inputData") or {}).values())
         if len(inputs) != 1:
             raise Refused(400, "BadRequest", f"a model deployment takes one input, got {len(inputs)}")
@@ -157,7 +157,7 @@ class BatchJobs:
         folder = self.online.storage.folder("workspace", path[1].rstrip("/")) if path else None
         if folder is None or not folder.exists():
             raise Refused(400, "BadRequest", "the input does not exist in the workspace's datastore")
-        if folder.is_file():  # uri_file: a job of one file
+        if folder.is_file():  # uri_file: the job has one file
             job_folder = self.root / "inputs" / uuid.uuid4().hex
             job_folder.mkdir(parents=True)
             os.symlink(folder, job_folder / folder.name)
@@ -171,7 +171,7 @@ class BatchJobs:
                 return resource
         raise Refused(404, "ResourceNotFound", f"there is no {end}")
 
-    # Run history: what download() asks -------------------------------------------------------------------------------
+    # Run history, for download() -------------------------------------------------------------------------------
 
     async def children(self, request: Request) -> Response:
         run = request.path_params["run"]

@@ -1,8 +1,8 @@
-"""An endpoint's front end: who may ask, which deployment answers, and what becomes of its status.
+"""An endpoint's front end: authentication, traffic, timeouts and status codes.
 
 Sources, by name: TSG = how-to-troubleshoot-online-endpoints.md, "Common error codes for managed online endpoints";
 ROLLOUT = how-to-safely-rollout-online-endpoints.md; AUTH = how-to-authenticate-online-endpoint.md (MicrosoftDocs/
-azure-ai-docs). What no page says is marked ASSUMED.
+azure-ai-docs). ASSUMED marks behaviour that no page documents.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ class Frontend:
         self.endpoints, self.entra_tokens = endpoints, entra_tokens
         self.dice = random.Random()
         self.mirrors: set[asyncio.Task[None]] = set()
-        # A connection per request: one that the container just closed could otherwise not be told from a crash.
+        # A new connection per request: a reused one that the container has just closed would look like a crash.
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
         self.client = httpx2.AsyncClient(timeout=None, limits=limits, trust_env=False)
         self.routes = [Route("/endpoints/{endpoint}/{path:path}", self.answer, methods=METHODS)]
@@ -44,12 +44,12 @@ class Frontend:
         await self.client.aclose()
 
     async def answer(self, request: Request) -> Response:
-        """Answer one request. Paths other than /score go to the container too (ASSUMED)."""
+        """Answer one request. Paths other than /score are forwarded too (ASSUMED)."""
         endpoint = self.endpoints.get(request.path_params["endpoint"])
         if endpoint is None:
             return _error(404, "NotFound", "there is no such endpoint")
         if not self._is_authorized(endpoint, request):
-            # TSG 401. Its body is not documented: ASSUMED.
+            # TSG 401. The body is ASSUMED.
             return _error(401, "Unauthorized", "the key or token is missing, wrong or expired")
         deployment = self._route(endpoint, request)
         if deployment is None:
@@ -68,7 +68,7 @@ class Frontend:
             raise
 
     def _is_authorized(self, endpoint: Endpoint, request: Request) -> bool:
-        """AUTH: `Authorization: Bearer X`, X being a key, an Azure ML token or an Entra token by the auth mode."""
+        """AUTH: `Authorization: Bearer X`, where X is a key, an Azure ML token or an Entra token by the auth mode."""
         scheme, _, credential = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             return False
@@ -81,7 +81,7 @@ class Frontend:
                 return credential in self.entra_tokens
 
     def _route(self, endpoint: Endpoint, request: Request) -> Deployment | None:
-        """ROLLOUT: the header names a deployment whatever the traffic says; else by weight. Drawing lots: ASSUMED."""
+        """ROLLOUT: a header selects a deployment regardless of traffic; else by weight. Random selection: ASSUMED."""
         if named := request.headers.get(DEPLOYMENT_HEADER):
             return endpoint.deployments.get(named)
         weights = {name: w for name, w in endpoint.traffic.items() if w > 0 and name in endpoint.deployments}
@@ -91,9 +91,9 @@ class Frontend:
         return endpoint.deployments[name]
 
     def _mirror(self, endpoint: Endpoint, request: Request, body: bytes) -> None:
-        """ROLLOUT, mirroring: a share of live requests is copied to a deployment whose answers nobody sees.
+        """ROLLOUT, mirroring: a share of live requests is copied to a deployment, and its answers are discarded.
 
-        Requests that name a deployment are not copied. A copy that finds its deployment full is dropped: ASSUMED.
+        Requests that name a deployment are not copied. A copy for a deployment at its limit is dropped: ASSUMED.
         """
         if request.headers.get(DEPLOYMENT_HEADER):
             return
@@ -118,14 +118,14 @@ class Frontend:
     async def _forward(
         self, deployment: Deployment, request: Request, body: bytes, release: contextlib.ExitStack
     ) -> Response:
-        """Pass the request to an instance and its answer back, within the deployment's request timeout."""
+        """Forward the request to an instance and return its answer, within the deployment's request timeout."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + deployment.spec.request_timeout_s
         call = asyncio.create_task(self._call(deployment, request, body, release))
         disconnect = asyncio.create_task(_wait_for_disconnect(request))
         try:
             await asyncio.wait([call, disconnect], timeout=deadline - loop.time(), return_when=asyncio.FIRST_COMPLETED)
-            if not call.done():  # a caller who hangs up is not waited for either: the container sees it. ASSUMED.
+            if not call.done():  # timeout, or the caller has disconnected, which the container sees: ASSUMED
                 call.cancel()
                 await asyncio.wait([call])
                 release.close()
@@ -133,7 +133,7 @@ class Frontend:
                 return _error(408, "RequestTimeout", f"the model took longer than {limit_ms:.0f} ms")  # TSG 408
             upstream = call.result()
         except httpx2.HTTPError as exc:
-            # The container died under the request. TSG names 424 for failing probes; for this case: ASSUMED.
+            # The container died during the request. TSG names 424 for failing probes; here it is ASSUMED.
             release.close()
             return _error(424, "ModelError", f"the model's container did not answer: {type(exc).__name__}")
         finally:
@@ -141,7 +141,7 @@ class Frontend:
         headers = {k: v for k, v in upstream.headers.items() if k not in HOP_BY_HOP}
         headers[DEPLOYMENT_HEADER] = deployment.name  # ASSUMED
         status = upstream.status_code
-        if status != 200:  # TSG 424; the body passing through, 2xx other than 200 included: ASSUMED
+        if status != 200:  # TSG 424; ASSUMED: the body is forwarded, and other 2xx statuses become 424 too
             headers |= {
                 "ms-azureml-model-error-statuscode": str(status),
                 "ms-azureml-model-error-reason": upstream.reason_phrase or "model_error",
@@ -152,9 +152,9 @@ class Frontend:
     async def _call(
         self, deployment: Deployment, request: Request, body: bytes, release: contextlib.ExitStack
     ) -> httpx2.Response:
-        """Return an instance's answer, its body still unread. Waits while no instance is ready: ASSUMED.
+        """Return an instance's answer with its body unread. Waits while no instance is ready: ASSUMED.
 
-        A connection that is refused lost nothing, so another instance may be asked; anything later is an error.
+        After a refused connection it tries another instance, since nothing was sent; later failures are errors.
         """
         while True:
             instance = await deployment.pick()
@@ -163,7 +163,7 @@ class Frontend:
                 upstream = await self.client.send(self._request(instance, request, body), stream=True)
             except httpx2.ConnectError:
                 instance.in_flight -= 1
-                instance.ready.clear()  # until the next good probe
+                instance.ready.clear()  # until the next successful probe
                 await asyncio.sleep(0.05)
             except BaseException:
                 instance.in_flight -= 1
@@ -182,7 +182,7 @@ class Frontend:
 
 
 class _Piped(StreamingResponse):
-    """A response that is passed on piece by piece, and given up when its reader hangs up."""
+    """A response that is forwarded in pieces; the upstream response is closed when the client disconnects."""
 
     def __init__(
         self, *args: object, release: contextlib.ExitStack, upstream: httpx2.Response, **options: object
@@ -198,9 +198,10 @@ class _Piped(StreamingResponse):
 
 
 async def _pieces(upstream: httpx2.Response, deadline: float, release: contextlib.ExitStack) -> AsyncIterator[bytes]:
-    """Yield the body as it comes. Past the deadline, or when the container dies, it breaks off: ASSUMED for both.
+    """Yield the body as it arrives. It is cut off at the deadline or when the container dies: both ASSUMED.
 
-    Its place is free before the caller sees the end: one that asks again at once must not find itself in the way.
+    The request no longer counts as in flight before the caller sees the end, so that the caller's next request is not
+    refused because of it.
     """
     pieces = upstream.aiter_raw()
     while True:
@@ -218,7 +219,7 @@ async def _finish(upstream: httpx2.Response, release: contextlib.ExitStack) -> N
 
 
 async def _wait_for_disconnect(request: Request) -> None:
-    """Return when the caller has hung up. The body has been read, so nothing else can come."""
+    """Return when the client has disconnected. The body has been read, so no other event can arrive."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -228,5 +229,5 @@ def _release_slot(target: Deployment | Instance) -> None:
 
 
 def _error(status: int, code: str, message: str) -> JSONResponse:
-    """Return an error of the front end itself. Azure's own wording is not documented: ASSUMED."""
+    """Return an error of the front end. The wording is ASSUMED."""
     return JSONResponse({"error": {"code": code, "message": message}}, status)

@@ -1,6 +1,6 @@
-"""Instances of a deployment: azmlinfsrv as a process of its own, watched by its probes, started again when it dies.
+"""Instances of a deployment: azmlinfsrv processes with health probes, restarted when they die.
 
-What is done as in Azure's image and what is not stands in README.md.
+README.md lists what is as in Azure's image and what is not.
 """
 
 import asyncio
@@ -21,21 +21,21 @@ from local_azure.spec import Probe, Spec
 
 LOG_LINES = 5000
 PROBE_EVERY_S = 0.2
-"""The emulator probes more often than the spec says, so that nobody waits; the time that may pass is the spec's."""
+"""The emulator probes more often than the spec says, so that starts are fast; time limits are the spec's."""
 GRACE_S = 30.0
-"""Between SIGTERM and SIGKILL. What Azure gives is not documented; 30 s is Kubernetes' default. ASSUMED."""
+"""Time between SIGTERM and SIGKILL. Azure documents none; 30 s is Kubernetes' default: ASSUMED."""
 DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
-"""On Linux a container ends with the emulator, even when nobody gave the emulator time to say so."""
+"""On Linux the kernel ends a container with the emulator, also when the emulator is killed."""
 PASSED_ON = {"PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR", "TZ", "VIRTUAL_ENV"}
-"""Of the emulator's own environment; beyond it a container sees what its image and the deployment set."""
+"""Variables that a container inherits from the emulator; all others come from the image and the deployment."""
 
 
 class StartFailed(Exception):
-    """An instance did not become ready; the message has the end of its log."""
+    """An instance did not become ready. The message has the last lines of its log."""
 
 
 class Instance:
-    """One container in Azure's terms: a folder laid out like the image's, and a process that is kept alive."""
+    """A container in Azure's terms: a folder with the image's layout, and a process, restarted when it ends."""
 
     def __init__(
         self, name: str, folder: Path, spec: Spec, code: Path, model: Path | None, insights: Mapping[str, str]
@@ -53,7 +53,7 @@ class Instance:
         self._keeper: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Lay the folder out, start the process and wait until it is ready. Raises StartFailed; then nothing runs."""
+        """Create the folder, start the process and wait until it is ready. If StartFailed is raised, nothing runs."""
         await asyncio.to_thread(self._lay_out)
         self._keeper = asyncio.create_task(self._keep_alive())
         ready = asyncio.create_task(self.ready.wait())
@@ -64,7 +64,7 @@ class Instance:
             raise StartFailed(f"{self.failed}\n" + "\n".join(list(self.lines)[-30:]))
 
     async def stop(self) -> None:
-        """End the process as the platform does: no new requests, SIGTERM, some time, SIGKILL."""
+        """Stop the process as the platform does: no new requests, SIGTERM, wait GRACE_S, SIGKILL."""
         self.ready.clear()
         if self._keeper is not None:
             self._keeper.cancel()
@@ -81,13 +81,13 @@ class Instance:
                 await process.wait()
 
     def kill(self) -> None:
-        """End the whole container at once, as an out-of-memory kill or a lost node would."""
+        """Kill the process group at once, as an out-of-memory kill or a lost node does."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
 
     def _lay_out(self) -> None:
-        """Put code and model where Azure's image has them (azure.ai.ml `_local_endpoints/azureml_image_context.py`)."""
+        """Put code and model at paths of Azure's image (azure.ai.ml `_local_endpoints/azureml_image_context.py`)."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.app_root.parent.mkdir(parents=True)
         shutil.copytree(self.code, self.app_root)
@@ -107,13 +107,13 @@ class Instance:
         return self.folder / "var" / "azureml-app" / "azureml-models" / name / version
 
     def environment(self) -> dict[str, str]:
-        """Return the process's variables: the image's, then the deployment's own."""
+        """Return the process's environment: inherited, from the image, from the deployment."""
         inherited = {k: v for k, v in os.environ.items() if k in PASSED_ON}
         image = {
             "AML_APP_ROOT": str(self.app_root),
             "AZUREML_ENTRY_SCRIPT": self.spec.scoring_script,
             "AML_APP_INSIGHTS_ENABLED": str(self.spec.app_insights).lower(),
-            "HOME": str(self.folder / "home"),  # gunicorn keeps a control socket there, one per container
+            "HOME": str(self.folder / "home"),  # gunicorn has its control socket there, one per container
             "PYTHONUNBUFFERED": "1",
         }
         if self.model is not None:
@@ -122,7 +122,7 @@ class Instance:
         return inherited | image | insights | self.spec.environment_variables
 
     async def _keep_alive(self) -> None:
-        """Start the process, and start it again when it ends or its liveness probe gives up. Returns on failure."""
+        """Start the process; restart it when it ends or its liveness probe fails. Returns if it was never ready."""
         pause_s = 0.0
         while True:
             await asyncio.sleep(pause_s)
@@ -131,7 +131,7 @@ class Instance:
             reader = asyncio.create_task(self._read_output(process))
             try:
                 reason = await self._watch(process)
-            finally:  # also when stop() cancels this task; it ends the process in its own way
+            finally:  # also when stop() cancels this task; stop() then ends the process
                 self.ready.clear()
             self.kill()  # the rest of the process group, and the process if it no longer answers
             await process.wait()
@@ -141,7 +141,7 @@ class Instance:
             if not self._was_ever_ready:
                 self.failed = reason
                 return
-            # Soon the first time, then after growing pauses while it keeps dying, as Kubernetes does. ASSUMED.
+            # The pause grows while the process keeps dying, as in Kubernetes: ASSUMED.
             pause_s = 0.5 if time.monotonic() - started > 60 else min(max(2 * pause_s, 0.5), 30.0)
 
     async def _launch(self) -> asyncio.subprocess.Process:
@@ -166,7 +166,7 @@ class Instance:
             self.lines.append(line.decode("utf-8", "replace").rstrip("\n"))
 
     async def _watch(self, process: asyncio.subprocess.Process) -> str:
-        """Probe until the process ends or is beyond hope; return why. Sets and clears `ready`."""
+        """Probe until the process ends or its probes fail for too long; return the reason. Sets and clears `ready`."""
         ended = asyncio.create_task(process.wait())
         live, probe_ready = self.spec.liveness, self.spec.readiness
         last_good, good, up = time.monotonic(), 0, False
@@ -196,7 +196,7 @@ def _startup_s(live: Probe, ready: Probe) -> float:
 
 
 async def _healthy(client: httpx2.AsyncClient, url: str, timeout_s: float) -> bool:
-    """Whether GET / answers 200, which is azmlinfsrv's liveness and readiness route."""
+    """Whether GET /, azmlinfsrv's liveness and readiness route, answers 200."""
     try:
         return (await client.get(url + "/", timeout=timeout_s)).status_code == 200
     except (httpx2.HTTPError, OSError):

@@ -1,4 +1,4 @@
-"""Online endpoints and their deployments, as things that run: instances, traffic, keys, the count of open requests."""
+"""Running online endpoints and deployments: instances, traffic, keys, requests in flight."""
 
 import asyncio
 import secrets
@@ -10,7 +10,7 @@ from local_azure.spec import Spec
 
 @dataclass
 class Deployment:
-    """A deployment that answers. Its instances are replaced as a whole by an update, once the new ones are ready."""
+    """A running deployment. An update replaces all instances once the new ones are ready."""
 
     name: str
     spec: Spec
@@ -35,7 +35,7 @@ class Deployment:
         return min(ready, key=lambda i: i.in_flight)
 
     async def replace(self, spec: Spec, instances: list[Instance]) -> None:
-        """Start `instances`, send requests to them, end the old ones. Raises StartFailed, and changes nothing then."""
+        """Start `instances`, route requests to them, stop the old ones. After StartFailed the old ones still run."""
         self.starting = instances
         try:
             await asyncio.gather(*(i.start() for i in instances))
@@ -46,18 +46,18 @@ class Deployment:
             self.starting = []
         if self.deleted:
             await asyncio.gather(*(i.stop() for i in instances))
-            raise StartFailed("it was deleted meanwhile")
+            raise StartFailed("the deployment was deleted during its start")
         old, self.instances, self.spec = self.instances, instances, spec
         await asyncio.gather(*(i.stop() for i in old))
 
     async def stop(self) -> None:
-        """End every instance, also one that is just starting; for good."""
+        """Stop every instance for good, also those that are starting."""
         self.deleted = True
         old, self.instances = self.instances + self.starting, []
         await asyncio.gather(*(i.stop() for i in old))
 
     def log(self, n_lines: int) -> str:
-        """Return the last lines of every instance, or of the one that did not start."""
+        """Return the last lines of every instance, or the error of a start that failed."""
         return (
             "\n".join(line for i in self.instances + self.starting for line in list(i.lines)[-n_lines:])
             or self.last_words
@@ -66,7 +66,7 @@ class Deployment:
 
 @dataclass
 class Endpoint:
-    """What the front end knows of an endpoint."""
+    """An online endpoint, for the front end."""
 
     name: str
     auth_mode: str

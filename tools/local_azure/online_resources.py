@@ -1,4 +1,4 @@
-"""From resources to what runs: checks what Azure would check, finds code and model, starts and ends deployments."""
+"""Turns resources into running deployments: checks them as Azure does, finds code and model, starts and stops them."""
 
 import asyncio
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ NAME = r"[a-zA-Z][a-zA-Z0-9-]{1,30}[a-zA-Z0-9]"
 
 @dataclass(frozen=True)
 class Prepared:
-    """A deployment whose parts are all there; nothing of it runs yet."""
+    """A checked deployment that is not started yet."""
 
     endpoint: Endpoint
     name: str
@@ -28,7 +28,7 @@ class Prepared:
 
 
 class OnlineResources:
-    """The endpoints that the front end answers for, and their deployments."""
+    """The online endpoints and their deployments."""
 
     def __init__(self, root: Path, storage: Storage, insights: Mapping[str, str]) -> None:
         self.root, self.storage, self.insights = root, storage, insights
@@ -41,7 +41,7 @@ class OnlineResources:
         return self.endpoints[name]
 
     def put_endpoint(self, name: str, properties: Mapping[str, Any]) -> Endpoint:
-        """Create an endpoint or change its traffic; in one step, so that no request falls between two rules."""
+        """Create an endpoint or change its traffic, in one step between two requests."""
         _check_name(name)
         traffic, mirror = dict(properties.get("traffic") or {}), dict(properties.get("mirrorTraffic") or {})
         endpoint = self.endpoints.get(name) or Endpoint(name, properties.get("authMode") or "Key")
@@ -63,7 +63,7 @@ class OnlineResources:
     def prepare(
         self, endpoint_name: str, name: str, body: dict[str, Any], resources: Mapping[str, dict[str, Any]]
     ) -> Prepared:
-        """Check a deployment and find its parts; raises Refused for what Azure would refuse at once."""
+        """Check a deployment and find its code and model; raises Refused for what Azure refuses at once."""
         _check_name(name)
         endpoint, spec = self.endpoint(endpoint_name), read_spec(body)
         code = self.code(spec.code_id, resources)
@@ -81,17 +81,17 @@ class OnlineResources:
         return Prepared(endpoint, name, spec, instances)
 
     async def deploy(self, prepared: Prepared) -> None:
-        """Start a deployment, or change a running one without a gap. Raises Refused with the container's last words."""
+        """Start a deployment, or replace a running one without downtime. Raises Refused with the end of the log."""
         deployments = prepared.endpoint.deployments
         deployment = deployments.setdefault(prepared.name, Deployment(prepared.name, prepared.spec))
         try:
             await deployment.replace(prepared.spec, prepared.instances)
-        except StartFailed as exc:  # TSG, ResourceNotReady: the code Azure uses when init() fails or a probe does
+        except StartFailed as exc:  # TSG, ResourceNotReady: Azure's code when init() or a probe fails
             deployment.last_words = str(exc)
             raise Refused(400, "ResourceNotReady", f"the container of {prepared.name!r} is not ready: {exc}") from exc
 
     def check_without_traffic(self, endpoint_name: str, name: str) -> None:
-        """ROLLOUT sets the traffic to 0 before it deletes; that Azure refuses otherwise is ASSUMED."""
+        """ROLLOUT sets the traffic to 0 before deleting; that Azure requires it is ASSUMED."""
         endpoint = self.endpoint(endpoint_name)
         if endpoint.traffic.get(name) or endpoint.mirror_traffic.get(name):
             raise Refused(400, "BadRequest", f"deployment {name!r} has traffic; set it to 0 before deleting it")
@@ -141,14 +141,14 @@ def _check_traffic(traffic: dict[str, int], mirror: dict[str, int], deployments:
     """ROLLOUT: percentages add up to 0 or 100; one mirror of at most 50 %, for a deployment without live traffic."""
     for name in traffic.keys() | mirror.keys():
         if name not in deployments:
-            raise Refused(400, "BadRequest", f"traffic names {name!r}, which is no deployment of the endpoint")
+            raise Refused(400, "BadRequest", f"traffic names {name!r}, which is not a deployment of the endpoint")
     if sum(traffic.values()) not in (0, 100):
         raise Refused(400, "BadRequest", f"traffic must add up to 0 or 100, got {sum(traffic.values())}")
     shadows = {name: percent for name, percent in mirror.items() if percent}
     if len(shadows) > 1:
-        raise Refused(400, "BadRequest", "only one deployment may get mirrored traffic")
+        raise Refused(400, "BadRequest", "only one deployment can receive mirrored traffic")
     for name, percent in shadows.items():
         if not 0 < percent <= 50:
-            raise Refused(400, "BadRequest", f"mirrored traffic may be 50 percent, got {percent}")
+            raise Refused(400, "BadRequest", f"mirrored traffic must be 50 percent or less, got {percent}")
         if traffic.get(name):
             raise Refused(400, "BadRequest", f"{name!r} cannot have live and mirrored traffic at once")

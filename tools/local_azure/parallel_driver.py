@@ -1,11 +1,14 @@
-"""A stand-in for the driver of Azure's parallel jobs: what runs a batch deployment's scoring script over many files.
+"""A stand-in for the driver of Azure's parallel jobs, which runs a batch deployment's scoring script over many files.
 
-Kept from the original: files are dealt out in mini-batches of whole files to processes that load the script once; a
-mini-batch has a time limit, after which its process is killed; one that fails, or returns fewer items than it was
-given, is tried again; what is missing after the last try counts against the error threshold, and a job above it is
-ended; `append_row` collects what run() returns in one file, which must not exist before; `summary_only` collects
-nothing; a process that dies is replaced. Not kept: nodes (all processes are on this machine), the data mounts (a link
-called INPUT_… stands for one), and how long the real one waits between tries.
+As in Azure:
+- Processes load the script once and get mini-batches of whole files. A process that dies is replaced.
+- A mini-batch has a time limit, after which its process is killed. A mini-batch that fails, or for which run() returns
+  fewer items than files, is retried.
+- Files still missing after the last try count against the error threshold. A job that exceeds it ends.
+- `append_row` collects the items in one file, which must not exist before. `summary_only` collects nothing.
+
+Different from Azure: all processes are on this machine, a link called INPUT_… replaces the data mount, and there is no
+wait between tries.
 """
 
 import json
@@ -27,7 +30,7 @@ WORKER = Path(__file__).with_name("parallel_worker.py")
 
 @dataclass(frozen=True)
 class ParallelJob:
-    """A job as a batch deployment and its invocation describe it; names and defaults as in the deployment's YAML."""
+    """The job of a batch deployment and its invocation; names and defaults are those of the deployment's YAML."""
 
     script: Path
     input_dir: Path
@@ -49,7 +52,7 @@ class ParallelJob:
 
 @dataclass
 class Outcome:
-    """How a job ended. `tries`: of each mini-batch, in the order of the input."""
+    """The state or result of a job. `tries`: per mini-batch, in input order."""
 
     status: str = "Running"
     reason: str = ""
@@ -68,19 +71,19 @@ class MiniBatch:
 
 
 class InitFailed(Exception):
-    """The script's init() raised, ended the process or took too long."""
+    """The script's init() raised, ended the process or timed out."""
 
 
 class TryFailed(Exception):
-    """One try of a mini-batch came to nothing."""
+    """One try of a mini-batch failed."""
 
 
 class ProcessLost(TryFailed):
-    """The process died, or was too slow and must be killed."""
+    """The process died, or timed out and must be killed."""
 
 
 class WorkerProcess:
-    """One process with the script loaded."""
+    """A process with the script loaded."""
 
     def __init__(self, job: ParallelJob, number: int) -> None:
         reading, writing = os.pipe()
@@ -105,7 +108,7 @@ class WorkerProcess:
         self._buffer = b""
 
     def ask(self, message: dict[str, Any] | None, timeout_s: float) -> dict[str, Any]:
-        """Send a message, if any, and return the reply; raises ProcessLost when the process dies or is too slow."""
+        """Send a message, if any, and return the reply; raises ProcessLost when the process dies or times out."""
         if message is not None:
             stdin: IO[bytes] = self.process.stdin  # type: ignore[assignment]
             try:
@@ -137,7 +140,7 @@ class WorkerProcess:
 
 
 class ParallelDriver:
-    """Runs one job. `pids` are its processes now; a test may kill them."""
+    """Runs one job. `pids`: its current processes, which tests kill."""
 
     def __init__(self, job: ParallelJob) -> None:
         self.job, self.outcome = job, Outcome()
@@ -153,7 +156,7 @@ class ParallelDriver:
             return [w.process.pid for w in self._workers.values()]
 
     def run(self) -> Outcome:
-        """Run the job to its end and return how it ended; leaves no process behind."""
+        """Run the job to its end, with all its processes stopped, and return the outcome."""
         job, outcome = self.job, self.outcome
         output = job.output_dir / job.output_file_name
         if job.output_action == "append_row" and output.exists():
@@ -181,11 +184,11 @@ class ParallelDriver:
         return self._end("Completed", "")
 
     def cancel(self) -> None:
-        """End the job from another thread."""
+        """Cancel the job; called from another thread."""
         self._end("Canceled", "canceled")
 
     def _mini_batches(self) -> list[MiniBatch]:
-        """Deal out whole files in the order of their names, below a link that stands for the mount of the input."""
+        """Group the files by name into mini-batches; paths go through the link that replaces the input mount."""
         mount = self.job.work_dir / "wd" / f"INPUT_{self.job.input_name}"
         mount.parent.mkdir(parents=True, exist_ok=True)
         if not mount.is_symlink():
@@ -197,7 +200,7 @@ class ParallelDriver:
         return [MiniBatch(i, files[at : at + size]) for i, at in enumerate(range(0, len(files), size))]
 
     def _work(self, number: int) -> None:
-        """Keep one process busy until nothing is left."""
+        """Run mini-batches in one process until none is left."""
         worker: WorkerProcess | None = None
         try:
             while not self._stop.is_set() and (batch := self._left.get()) is not None:
@@ -211,7 +214,7 @@ class ParallelDriver:
                 self._shut_down(worker)
 
     def _try_with(self, worker: WorkerProcess | None, number: int, batch: MiniBatch) -> WorkerProcess | None:
-        """Try a mini-batch once; return the process, None when it has to be replaced."""
+        """Try a mini-batch once; return the process, None if it must be replaced."""
         try:
             worker = worker or self._start(number)
             self._try(worker, batch)
@@ -231,7 +234,7 @@ class ParallelDriver:
             reply = worker.ask(None, self.job.init_timeout_s)
         except ProcessLost as exc:
             worker.kill()
-            if self._stop.is_set() or worker.process.returncode == -9:  # killed from outside: not the script's fault
+            if self._stop.is_set() or worker.process.returncode == -9:  # killed from outside: init() did not fail
                 raise
             raise InitFailed(f"init() failed: {exc}") from exc
         if "error" in reply:
@@ -258,7 +261,7 @@ class ParallelDriver:
             self._settle(batch, len(batch.files) - len(batch.rows))
 
     def _settle(self, batch: MiniBatch, n_failed: int) -> None:
-        """Count a mini-batch that will not be tried again; end the job when it was the last, or one too many."""
+        """Count a mini-batch that is finished; end the job after the last one or above the error threshold."""
         with self._lock:
             self.outcome.failed_items += n_failed
             self.outcome.succeeded_items += len(batch.files) - n_failed

@@ -1,8 +1,8 @@
-"""One process of the parallel driver: loads the scoring script by its path, then does what standard input says.
+"""A process of the parallel driver: loads the scoring script by its path, then runs commands from standard input.
 
     python parallel_worker.py REPLY_FD SCRIPT [further arguments, as Azure's driver adds some]
 
-A line of JSON in, a line of JSON out on a descriptor of its own, so that the script may print what it likes.
+Each command and each reply is a line of JSON. Replies go to a separate descriptor, so the script may print freely.
 """
 
 import importlib.util
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def load(path: str) -> Any:
-    """Return the script as a module that is not in sys.modules, as Azure's hosts load it."""
+    """Return the script as a module that is not in sys.modules, as Azure loads it."""
     spec = importlib.util.spec_from_file_location("scoring_script", path)
     assert spec is not None
     assert spec.loader is not None
@@ -52,7 +52,7 @@ def load(path: str) -> Any:
 
 
 def returned(value: Any) -> list[str]:
-    """Return a line of the output file for each item: a list's as str() says, a data frame's cells between spaces."""
+    """Return a line of the output file per item: str() of list items, space-separated cells of a data frame's rows."""
     if hasattr(value, "to_csv"):
         text: str = value.to_csv(sep=" ", header=False, index=False)
         return text.splitlines()

@@ -1,7 +1,7 @@
 """The resource manager: workspaces, assets, endpoints, deployments, keys, logs, long-running operations.
 
-What each call sends and needs back was read in azure.ai.ml 1.35 (`operations/`, `_restclient/`) and seen on the wire.
-To add a call: a line in `ResourceManager.routes` and a method. Paths are matched in lower case, as Azure does.
+Requests and answers are from the source of azure.ai.ml 1.35 (`operations/`, `_restclient/`) and from its traffic.
+To add a call, add a line in `ResourceManager.routes` and a method. Paths are matched in lower case, as in Azure.
 """
 
 import asyncio
@@ -24,11 +24,11 @@ Handler = Callable[[Request], Awaitable[Response]]
 GROUP = "/subscriptions/{sub}/resourcegroups/{group}"
 WORKSPACE = GROUP + "/providers/microsoft.machinelearningservices/workspaces/{workspace}"
 POLL = {"Retry-After-Ms": "250"}
-"""When to ask an operation again; the SDK would otherwise wait 5 s (LROConfigurations.POLL_INTERVAL)."""
+"""The SDK's polling interval for operations; its default is 5 s (LROConfigurations.POLL_INTERVAL)."""
 
 
 class ResourceManager:
-    """Resources by their lower-case id; what runs behind the online ones is in `online`."""
+    """Resources by id in lower case. `online` has the running endpoints and deployments."""
 
     def __init__(self, url: str, online: OnlineResources) -> None:
         self.url, self.online = url, online
@@ -39,7 +39,7 @@ class ResourceManager:
         self._router = Router(self.routes(), default=_unknown)
 
     def routes(self) -> list[Route]:
-        """Return what can be asked. The first match answers."""
+        """Return the routes; the first match answers."""
         online, batch = "/onlineendpoints/{endpoint}", "/batchendpoints/{endpoint}"
         template = GROUP + "/providers/microsoft.resources/deployments/{name}"
         routes = [
@@ -89,7 +89,7 @@ class ResourceManager:
     # Workspace, datastore --------------------------------------------------------------------------------------------
 
     async def workspace(self, request: Request) -> Response:
-        """Any workspace exists, so that a notebook may call it what it likes."""
+        """Return a workspace of any name, so that notebooks may use their own."""
         properties = {
             "workspaceId": "00000000-0000-0000-0000-0000000000d5",
             "discoveryUrl": self.url + "/discovery",
@@ -112,8 +112,8 @@ class ResourceManager:
     def _datastore(self, id_: str) -> Resource:
         """Return the default datastore.
 
-        The SDK makes its address as https://ACCOUNT.blob.SUFFIX (STORAGE_ACCOUNT_URLS). A host for each account would
-        need a name server, so the account is called HOST:PORT/storage/… here, and what follows becomes a path.
+        The SDK builds the address https://ACCOUNT.blob.SUFFIX (STORAGE_ACCOUNT_URLS). A host per account would need a
+        name server, so the account is named HOST:PORT/storage/… here, which makes the rest a path.
         """
         properties = {
             "datastoreType": "AzureBlob",
@@ -129,7 +129,7 @@ class ResourceManager:
     # Assets ----------------------------------------------------------------------------------------------------------
 
     async def start_upload(self, request: Request) -> Response:
-        """Return the container that a code asset is to be uploaded into, one for each (`_asset_utils.py`)."""
+        """Return the upload container of a code asset; each asset has its own (`_asset_utils.py`)."""
         kind, name, _, version = request.path_params["original"][-5:-1]
         container = f"{self.url}/storage/{ACCOUNT}/{kind}-{name}-{version}".lower()
         credential = {"credentialType": "SAS", "sasUri": container + "?sv=2025-01-05&sig=local"}
@@ -160,8 +160,7 @@ class ResourceManager:
         return JSONResponse(self._find(_id(request)))
 
     async def list_all(self, request: Request) -> Response:
-        """List a collection. Filters are not looked at but for one: no code is ever found by its hash, so that each
-        deployment is of what lies on the disk now."""
+        """List a collection without filters. A search by hash finds nothing, so each deployment uploads its code."""
         children = [] if "hash" in request.query_params else self._children(_id(request))
         return JSONResponse({"value": children})
 
@@ -201,19 +200,22 @@ class ResourceManager:
         body = await request.json()
         keys = self.online.endpoint(_name(request, -2)).keys
         which, value = (body.get("keyType") or "Primary").lower(), body.get("keyValue")
-        # The SDK sends the key of before as the value; that Azure draws a new one then is ASSUMED from the call's name.
+        # The SDK sends the current key as the value; that Azure then makes a new one is ASSUMED from the call's name.
         keys[which] = new_key() if value in (None, keys[which]) else value
         return self._accepted(None, 202, asyncio.sleep(0))
 
     async def token(self, request: Request) -> Response:
         token, now = self.online.token(_name(request, -2)), int(time.time())
-        times = {"expiryTimeUtc": now + 43200, "refreshAfterTimeUtc": now + 21600}  # AUTH: 12 h, to be renewed before
+        times = {
+            "expiryTimeUtc": now + 43200,
+            "refreshAfterTimeUtc": now + 21600,
+        }  # AUTH: 12 h, to be refreshed earlier
         return JSONResponse({"accessToken": token, "tokenType": "Bearer"} | times)
 
     # Online deployments ----------------------------------------------------------------------------------------------
 
     async def put_deployment(self, request: Request) -> Response:
-        """Accept a deployment and start it; the operation ends when all its instances are ready, or none will be."""
+        """Accept a deployment and start it; the operation ends when all instances are ready, or one has failed."""
         endpoint, name = _name(request, -3), _name(request)
         body, known = await request.json(), self.resources.get(_id(request).lower())
         self._find(_id(request).rpartition("/deployments/")[0])
@@ -246,14 +248,16 @@ class ResourceManager:
         body = await request.json()
         self._find(_id(request).rpartition("/")[0])
         if body.get("containerType") == "StorageInitializer":
-            return JSONResponse({"content": "the emulator has no storage initializer: files are simply there"})
+            return JSONResponse(
+                {"content": "the emulator has no storage initializer: containers read the files directly"}
+            )
         lines = int(body.get("tail") or 500)
         return JSONResponse({"content": self.online.log(_name(request, -4), _name(request, -2), lines)})
 
     # Templates -------------------------------------------------------------------------------------------------------
 
     async def put_template(self, request: Request) -> Response:
-        """Check a template's parameters as the resource manager does, and keep it. Nothing in it is carried out."""
+        """Check a template's parameters as Azure does, and store it. The template is not executed."""
         properties = (await request.json())["properties"]
         declared, given = properties["template"].get("parameters", {}), properties.get("parameters", {})
         missing = [name for name, p in declared.items() if "defaultValue" not in p and name not in given]
@@ -263,7 +267,7 @@ class ResourceManager:
         self.resources[resource["id"].lower()] = resource
         return JSONResponse(resource, 201)
 
-    # Batch: kept as they come; batch_resources.py runs jobs -----------------------------------------------------------
+    # Batch: resources are only stored; batch_resources.py runs jobs----------------------------------------------------
 
     async def put_batch(self, request: Request) -> Response:
         body, known = await request.json(), self.resources.get(_id(request).lower())
@@ -275,7 +279,7 @@ class ResourceManager:
         return self._accepted(resource, 200 if known else 201, asyncio.sleep(0))
 
     async def compute(self, request: Request) -> Response:
-        """Any cluster exists."""
+        """Return a cluster of any name."""
         return JSONResponse(_resource(request, {"computeType": "AmlCompute", "provisioningState": "Succeeded"}))
 
     async def delete_batch(self, request: Request) -> Response:
@@ -287,7 +291,7 @@ class ResourceManager:
     # Long-running operations -----------------------------------------------------------------------------------------
 
     def _accepted(self, resource: Resource | None, status: int, work: Awaitable[None]) -> Response:
-        """Answer that `work` has begun; azure.mgmt.core's ARMPolling then asks the operation until it ends."""
+        """Start `work` and answer with its operation, which azure.mgmt.core's ARMPolling polls until it ends."""
         id_ = str(uuid.uuid4())
         self.operations[id_] = operation = {"id": f"/operations/{id_}", "name": id_, "status": "InProgress"}
         task = asyncio.create_task(_work(operation, work))
@@ -315,7 +319,7 @@ async def _work(operation: Resource, work: Awaitable[None]) -> None:
         operation["status"] = "Succeeded"
     except Refused as exc:
         operation.update(status="Failed", error={"code": exc.code, "message": str(exc)})
-    except Exception as exc:  # our own mistake: the caller must not wait for ever
+    except Exception as exc:  # a bug of the emulator; without an answer the caller would wait forever
         operation.update(status="Failed", error={"code": "InternalServerError", "message": repr(exc)})
 
 
@@ -343,7 +347,7 @@ def _id(request: Request) -> str:
 
 
 def _name(request: Request, position: int = -1) -> str:
-    """Return a part of the path as the caller wrote it; -1 is the last one."""
+    """Return a segment of the path in the caller's spelling; -1 is the last one."""
     name: str = request.path_params["original"][position]
     return name
 

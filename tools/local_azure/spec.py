@@ -1,4 +1,4 @@
-"""A deployment as the SDK sends it, read into the few things that matter for running it."""
+"""Reads from a deployment's resource what is needed to run it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from local_azure.errors import Refused
 
 @dataclass(frozen=True)
 class Probe:
-    """A health probe; defaults are those of Azure's YAML reference, "ProbeSettings". All times in seconds."""
+    """A health probe, times in seconds; defaults are those of Azure's YAML reference, "ProbeSettings"."""
 
     initial_delay_s: float = 10
     period_s: float = 10
@@ -20,13 +20,13 @@ class Probe:
 
     @property
     def patience_s(self) -> float:
-        """How long it may fail, without a pause, before the container is given up."""
+        """Return how many seconds the probe may fail continuously before the container counts as failed."""
         return self.failure_threshold * self.period_s
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What a deployment runs and within which limits."""
+    """What a deployment runs, and its limits."""
 
     code_id: str
     scoring_script: str
@@ -43,14 +43,14 @@ class Spec:
 
     @property
     def max_pending(self) -> int:
-        """Requests that may be in process at once; the next one is answered 429 (troubleshooting page, 429)."""
+        """Return the maximum of requests in flight; further ones get 429 (troubleshooting page, 429)."""
         return 2 * self.max_concurrent_requests * self.n_instances
 
 
 def read_spec(resource: dict[str, Any]) -> Spec:
-    """Return what a `PUT …/deployments/NAME` body asks for; raises Refused where Azure would refuse it.
+    """Return the spec of a `PUT …/deployments/NAME` body; raises Refused where Azure would refuse it.
 
-    Azure's own limits are DOC: reference-yaml-deployment-managed-online, how-to-manage-quotas.
+    Azure's limits are from DOC: reference-yaml-deployment-managed-online, how-to-manage-quotas.
     """
     properties = resource.get("properties") or {}
     settings = properties.get("requestSettings") or {}
@@ -70,20 +70,22 @@ def read_spec(resource: dict[str, Any]) -> Spec:
         app_insights=bool(properties.get("appInsightsEnabled")),
     )
     if spec.request_timeout_s > 180:
-        raise Refused(400, "BadRequest", f"request_timeout_ms may be 180000, got {spec.request_timeout_s * 1000:.0f}")
+        raise Refused(
+            400, "BadRequest", f"request_timeout_ms must be 180000 or less, got {spec.request_timeout_s * 1000:.0f}"
+        )
     if not 1 <= spec.n_instances <= 50:
         raise Refused(400, "BadRequest", f"instance_count must be between 1 and 50, got {spec.n_instances}")
     if not spec.instance_type.startswith("Standard_"):
-        raise Refused(400, "BadRequest", f"{spec.instance_type!r} is no instance type")
+        raise Refused(400, "BadRequest", f"{spec.instance_type!r} is not an instance type")
     if not spec.code_id or not spec.scoring_script:
         raise Refused(
-            400, "BadRequest", "the emulator runs deployments with a code_configuration only, no bare containers"
+            400, "BadRequest", "the emulator runs only deployments with a code_configuration, no custom containers"
         )
     return spec
 
 
 def _model_id(model: Any) -> str:
-    """Return the model's id, which is a string in the SDK's API version and an object with `assetId` in others."""
+    """Return the model's id: a string in the SDK's API version, an object with `assetId` in others."""
     return (model.get("assetId") or "") if isinstance(model, dict) else (model or "")
 
 

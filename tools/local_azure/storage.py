@@ -1,8 +1,8 @@
-"""Blob storage: the calls that the SDK makes to upload and to list, on files in a folder.
+"""Blob storage on a folder of files: the requests that the SDK makes to upload, list and download.
 
-Source: azure.storage.blob 12.31 (`_container_client.py`, `_blob_client.py`) and azure.ai.ml `_blob_storage_helper.py`,
-read for what they send and what they need back; Azure's REST reference, "Blob service", for names of headers.
-A blob is a file and its metadata a file beside the tree, so that a deployment can simply be given the folder.
+Requests and answers are from the source of azure.storage.blob 12.31 (`_container_client.py`, `_blob_client.py`) and
+azure.ai.ml `_blob_storage_helper.py`; names of headers are from Azure's REST reference, "Blob service". A blob is a
+file, and its metadata is a file in another tree, so that a deployment can use the folder as it is.
 """
 
 import base64
@@ -21,7 +21,7 @@ ACCOUNT = "local"
 
 
 class Storage:
-    """One account's containers, below `root`."""
+    """The containers of a storage account, below `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.metadata_root, self.blocks_root = root / "blobs", root / "metadata", root / "blocks"
@@ -31,11 +31,11 @@ class Storage:
         ]
 
     def folder(self, container: str, path: str = "") -> Path:
-        """Return where the blobs below `path` lie; raises ValueError for a path that leads out of the container."""
+        """Return the folder of the blobs below `path`; raises ValueError if it is outside the container."""
         return _inside(self.root / container, path)
 
     async def container(self, request: Request) -> Response:
-        """List blobs (`comp=list`), or create a container, which here always exists."""
+        """List blobs (`comp=list`), or create a container; every container exists."""
         if request.method == "PUT":
             return Response(status_code=201, headers=_headers())
         container, prefix = request.path_params["container"], request.query_params.get("prefix", "")
@@ -55,7 +55,7 @@ class Storage:
         return f"<Blob>{body}</Blob>"
 
     async def blob(self, request: Request) -> Response:
-        """Answer one call about one blob."""
+        """Answer a request for one blob."""
         container, name = request.path_params["container"], request.path_params["blob"]
         try:
             path = _inside(self.root / container, name)
@@ -78,13 +78,13 @@ class Storage:
     async def _put(self, request: Request, container: str, name: str, path: Path) -> Response:
         what = request.query_params.get("comp", "")
         blocks = _inside(self.blocks_root / container, name)
-        if what == "metadata":  # 200, not 201: azure.storage.blob's set_metadata takes nothing else
+        if what == "metadata":  # 200, not 201: azure.storage.blob's set_metadata accepts only that
             if not path.is_file():
                 return Response(status_code=404, headers=_headers("BlobNotFound"))
             self._set_metadata(container, name, request)
             return Response(status_code=200, headers=_headers())
         target = path
-        if what == "block":  # large files come in pieces, in any order
+        if what == "block":  # large files arrive in blocks, in any order
             target = blocks / base64.urlsafe_b64encode(request.query_params["blockid"].encode()).decode()
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
@@ -115,7 +115,7 @@ class Storage:
 
 def _inside(folder: Path, name: str) -> Path:
     if ".." in PurePosixPath(name).parts or ".." in PurePosixPath(folder.name).parts:
-        raise ValueError("a path may not lead out of its container")
+        raise ValueError("a path must not lead out of its container")
     return folder / name.lstrip("/")
 
 
@@ -126,7 +126,7 @@ def _headers(error: str = "") -> dict[str, str]:
 
 
 def _part(path: Path, byte_range: str, headers: dict[str, str]) -> Response:
-    """Return the bytes that an `x-ms-range: bytes=a-b` names; the SDK downloads in such pieces."""
+    """Return the bytes of a range `bytes=a-b` (header x-ms-range); the SDK downloads in such ranges."""
     size = path.stat().st_size
     first, _, last = byte_range.removeprefix("bytes=").partition("-")
     start, end = int(first), min(int(last or size - 1), size - 1)

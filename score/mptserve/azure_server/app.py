@@ -2,6 +2,9 @@
 
 Uses azmlinfsrv's private `routes` and `config` modules. Where a later version has none, `/score` works all the same and
 a warning says what is missing.
+
+`GET /`, the health probe, is azmlinfsrv's own route; here are /readyz, /metrics and /swagger.json. The probes of the
+OpenAI server are in openai_server/routes.py.
 """
 
 import json

@@ -9,7 +9,7 @@ from typing import Any
 from mptserve.batch.gpus import take_a_gpu
 from mptserve.batch.job import BatchJob
 from mptserve.log import set_up_logging
-from mptserve.process import exit_soon
+from mptserve.process_exit import exit_soon
 from mptserve.settings import read_settings
 
 log = logging.getLogger(__name__)

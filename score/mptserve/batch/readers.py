@@ -5,8 +5,9 @@ import csv
 import json
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+from mptserve import strict_json
 from mptserve.batch.files import InputFile, Source, import_pyarrow, refuse_utf16
 from mptserve.errors import BadFile, InvalidRequest, ScoringError, TooLarge
 
@@ -89,17 +90,9 @@ def _decoded(line: bytes | None, limit: int) -> str:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text, parse_constant=_no_constant)
-    except RecursionError:
-        raise InvalidRequest("the row is nested too deeply", code="invalid_json") from None
-    except json.JSONDecodeError as exc:
-        raise InvalidRequest(f"the row must be JSON; column {exc.colno}: {exc.msg}", code="invalid_json") from exc
-    except ValueError:  # Python's limit of 4300 digits
-        raise InvalidRequest("the row has an integer with too many digits", code="invalid_json") from None
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise InvalidRequest(f"the row must be JSON, which does not allow {name}", code="invalid_json")
+        return strict_json.loads(text)
+    except strict_json.NotJson as exc:
+        raise InvalidRequest(f"the row {exc}", code="invalid_json") from exc
 
 
 # A JSON document -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ probabilities and taking the largest is sampling from them (the Gumbel-max trick
 No full sort: the 32 most likely tokens with the mass of the whole vocabulary decide most rows;
 the rows whose filters keep more than those are done again over 512, and then over all. All reductions are per row
 (amax, exp_sums, cumsum, topk), so a row's bits do not depend on the batch either.
+
+gpu/sampling_kernel.py has the same rules as a Triton kernel: change both together.
 """
 
 import math

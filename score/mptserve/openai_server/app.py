@@ -23,8 +23,8 @@ from mptserve.openai_server.answers import ERRORS
 from mptserve.openai_server.keys import ApiKeys
 from mptserve.openai_server.middleware import RequestMiddleware, error_body
 from mptserve.openai_server.routes import router
-from mptserve.openai_server.validation import as_error, invalid
-from mptserve.process import exit_soon
+from mptserve.openai_server.validation_errors import as_error, invalid
+from mptserve.process_exit import exit_soon
 from mptserve.settings import Settings, read_settings
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,7 @@
-"""API keys of the OpenAI server: read from a file, again whenever it changes, and compared in constant time."""
+"""API keys of the OpenAI server: read from a file, again whenever it changes, and compared in constant time.
+
+middleware.py takes the key from the request, and says which routes need none.
+"""
 
 import hashlib
 import hmac

@@ -15,7 +15,7 @@ from mptserve.openai_server.answers import AnswerWriter
 from mptserve.openai_server.middleware import EventStream, disconnected
 from mptserve.openai_server.requests import chat_request, completion_request, known_ids, messages
 from mptserve.openai_server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from mptserve.openai_server.validation import as_error
+from mptserve.openai_server.validation_errors import as_error
 from mptserve.openapi import score_operation
 from mptserve.prompt import ChatPrompt
 from mptserve.request import GenerateRequest

@@ -34,7 +34,7 @@ from mptserve.errors import (
 log = logging.getLogger(__name__)
 
 
-def start_reference_engine(
+def start_transformers_engine(
     folder: Path,
     config: MPTConfig,
     n_tokens: int,
@@ -42,7 +42,7 @@ def start_reference_engine(
     *,
     on_finish: Callable[[Sequence], None] = lambda _: None,
     on_failure: Callable[[str], None] = lambda _: None,  # noqa: ARG001 - the interface of start_engine
-) -> "ReferenceEngine":
+) -> "TransformersEngine":
     """Return a running engine; raises UnsupportedModel for what `transformers` gets wrong.
 
     on_failure: never called, as there is no state between sequences that could break.
@@ -72,7 +72,7 @@ def start_reference_engine(
     model = MptForCausalLM.from_pretrained(
         folder, config=hf_config, dtype=place.dtype, device_map=device_map(place.device)
     )
-    return ReferenceEngine(
+    return TransformersEngine(
         model.eval(), config, min(n_tokens, config.vocab_size), max_tokens, options.queue_limit, on_finish
     )
 
@@ -99,7 +99,7 @@ def refuse_what_it_gets_wrong(config: MPTConfig) -> None:
             )
 
 
-class ReferenceEngine:
+class TransformersEngine:
     """Sequences one after another through `transformers`' forward pass and our sampling."""
 
     def __init__(
