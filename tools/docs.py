@@ -69,11 +69,24 @@ def conda_variants(root: Path) -> dict[Path, str]:
 def parameter_table() -> str:
     """Return the request parameters as a Markdown table."""
     rows = ["| parameter | default | range | per prompt | what it does |", "|---|---|---|---|---|"]
-    for name, rule in request_schema(Settings())["$defs"]["parameters"]["properties"].items():
+    rules = request_schema(Settings())["$defs"]["parameters"]["properties"]
+    for name, rule in rules.items():
+        if "x-alias-of" in rule or "x-no-effect" in rule:
+            continue
         default = f"`{json.dumps(rule['default'])}`" if "default" in rule else ""
         each = "yes" if rule.get("x-per-prompt") else ""
-        rows.append(f"| `{name}` | {default} | {_range(rule)} | {each} | {rule['description']} |")
+        others = [f"`{other}`" for other, of in rules.items() if of.get("x-alias-of") == name]
+        also = f" Also named {', '.join(others)}." if others else ""
+        rows.append(f"| `{name}` | {default} | {_range(rule)} | {each} | {rule['description']}{also} |")
+    without_effect = [f"`{n}` ({_values(rule)})" for n, rule in rules.items() if "x-no-effect" in rule]
+    rows += ["", f"Accepted without effect, for clients of other servers: {', '.join(without_effect)}."]
     return "\n".join(rows)
+
+
+def _values(rule: dict[str, Any]) -> str:
+    if "enum" in rule:
+        return " or ".join(f"`{json.dumps(value)}`" for value in rule["enum"])
+    return {"boolean": "true or false", "integer": "a number"}.get(rule.get("type", ""), "see below")
 
 
 def _range(rule: dict[str, Any]) -> str:
@@ -82,7 +95,7 @@ def _range(rule: dict[str, Any]) -> str:
     if rule.get("type") == "boolean":
         return "true, false"
     if "anyOf" in rule:
-        return "string or list of strings"
+        return "token id or list of them" if "token" in rule["description"].lower()[:6] else "string or list of strings"
     low = f"above {rule['exclusiveMinimum']}" if "exclusiveMinimum" in rule else f"{rule['minimum']}"
     return f"{low} to {rule['maximum']}"
 

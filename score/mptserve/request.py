@@ -10,7 +10,7 @@ OpenAI's API also openai_server/schemas.py and requests.py; for sampling also sa
 import difflib
 import json
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -177,7 +177,7 @@ class RequestParser:
         for name, value in parameters.value.items():
             pointer = f"{parameters.pointer}/{_escape(name)}"
             if name not in self.rules:
-                _refuse(unknown(name, list(self.rules)), pointer, code="unknown_parameter")
+                _refuse(self.unknown(name), pointer, code="unknown_parameter")
             if value is None:
                 continue
             rule = self.rules[name]
@@ -194,7 +194,7 @@ class RequestParser:
             else:
                 value = _with_booleans(rule, value)
                 self._check(self._validators[name], value, pointer, name=name)
-            first_name = rule.get("x-alias-of", name)
+            first_name = str(rule.get("x-alias-of", name))
             if first_name in given:
                 _refuse(f"`{names[first_name]}` and `{name}` are the same; give one", pointer)
             names[first_name] = name
@@ -206,6 +206,11 @@ class RequestParser:
         if isinstance(given.get("stop_token_ids"), int | float):
             given["stop_token_ids"] = [given["stop_token_ids"]]
         return given
+
+    def unknown(self, name: str) -> str:
+        """Say that a parameter is not known, and which is the nearest; other names of a parameter lead to its first."""
+        names = {n: rule.get("x-alias-of", n) for n, rule in self.rules.items() if not rule.get("x-no-effect")}
+        return unknown(name, names)
 
     def _check(self, validator: "Draft202012Validator", value: Any, pointer: str, name: str = "") -> None:
         error = best_match(validator.iter_errors(value))
@@ -292,7 +297,7 @@ def dialect(body: Any) -> Body:
     if nested:
         if inner.keys() & {"columns", "data"}:
             _refuse(f"`/{key}` is a table; send the prompts as `input_string`", f"/{key}", code="unknown_field")
-        _only(inner, {"input_string", "task_type", *(PARAMETERS if key == "input_data" else ())}, f"/{key}")
+        _only(inner, {"input_string", "task_type", *PARAMETERS}, f"/{key}")
         if "input_string" not in inner:
             _refuse(f"`/{key}/input_string` is missing: the prompts go there", f"/{key}", code="missing_field")
         prompts = Located(inner["input_string"], f"/{key}/input_string")
@@ -325,13 +330,17 @@ def dialect(body: Any) -> Body:
 def _only(value: dict[str, Any], allowed: set[str], pointer: str) -> None:
     for name in value:
         if name not in allowed:
-            _refuse(unknown(name, sorted(allowed)), f"{pointer}/{_escape(name)}", code="unknown_field")
+            known = {field: field for field in sorted(allowed)}
+            _refuse(unknown(name, known), f"{pointer}/{_escape(name)}", code="unknown_field")
 
 
-def unknown(name: str, known: list[str]) -> str:
-    """Name the nearest known field; the unknown one is shortened, as it may hold anything."""
+def unknown(name: str, known: Mapping[str, str]) -> str:
+    """Name the nearest known field; the unknown one is shortened, as it may hold anything.
+
+    known: the names that are compared, each with the name to suggest.
+    """
     near = difflib.get_close_matches(name[:64].lower(), known, n=1, cutoff=0.5)
-    hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(known)}"
+    hint = f"did you mean `{known[near[0]]}`?" if near else f"known are {', '.join(dict.fromkeys(known.values()))}"
     shown = name if len(name) <= 40 and name.isidentifier() else f"a name of {len(name)} characters"
     return f"{'`' + shown + '`' if shown == name else shown} is not known; {hint}"
 

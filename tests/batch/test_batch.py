@@ -116,6 +116,20 @@ def test_parquet_results_hold_the_same_as_json_lines(tmp_path: Path) -> None:
 # Answers -------------------------------------------------------------------------------------------------------------
 
 
+def test_rows_may_have_what_azures_driver_adds_and_openais_names(tmp_path: Path) -> None:
+    rows = [
+        {"input_string": "Once", "_batch_request_metadata": {"row": 1}, "max_tokens": 3},
+        {"input_data": {"input_string": ["Once"]}, "_batch_request_metadata": 1},
+        {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "model": "mpt"},
+    ]
+    write(tmp_path / "in" / "rows.jsonl", rows)
+    with job(tmp_path / "in", tmp_path / "out") as running:
+        running.run([str(tmp_path / "in" / "rows.jsonl")])
+    found = results(tmp_path / "out", "rows.jsonl.jsonl")
+    assert [r["error"] for r in found] == [None] * 3
+    assert [found[0]["generated_tokens"], found[2]["generated_tokens"]] == [3, 3]
+
+
 def test_rows_are_answered_as_the_online_server_answers_them(tmp_path: Path) -> None:
     """Also those whose seed the job made up, for it is in the results."""
     rows: list[Any] = [

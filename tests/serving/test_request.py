@@ -14,7 +14,7 @@ from mptserve.request import GenerateRequest, PromptRequest, RequestParser, requ
 from mptserve.settings import Settings, read_settings
 
 PARSER = RequestParser(Settings())
-KNOWN = ", ".join(PARSER.rules)
+KNOWN = ", ".join(n for n, r in PARSER.rules.items() if not {"x-alias-of", "x-no-effect"} & r.keys())
 AT = "/input_data/parameters"
 
 
@@ -210,7 +210,12 @@ NO_DIALECT = [
     ({}, ("missing_field", "", "`input_data` is missing: the prompts go there, as `input_data.input_string`")),
     (
         {"prompt": "x"},
-        ("missing_field", "", "`input_data` is missing: the prompts go there, as `input_data.input_string`"),
+        (
+            "missing_field",
+            "",
+            "`input_data` is missing: the prompts go there, as `input_data.input_string`; "
+            "OpenAI's requests go to /v1/chat/completions or /v1/completions",
+        ),
     ),
     (
         {"input_data": {}},
@@ -222,14 +227,6 @@ NO_DIALECT = [
         ("unknown_field", "/input_data/input_strings", "`input_strings` is not known; did you mean `input_string`?"),
     ),
     (
-        {"inputs": {"input_string": "x", "parameters": {}}},
-        ("unknown_field", "/inputs/parameters", "`parameters` is not known; known are input_string"),
-    ),
-    (
-        {"input_data": ["x"], "parameters": {}},
-        ("unknown_field", "/parameters", "`parameters` is not known; did you mean `params`?"),
-    ),
-    (
         {"input_data": {"input_string": "x"}, "params": {}},
         ("unknown_field", "/params", "`params` is not known; did you mean `parameters`?"),
     ),
@@ -239,11 +236,15 @@ NO_DIALECT = [
     ),
     (
         {"input_data": {"input_string": "x", "parameters": {}}, "parameters": {}},
-        ("invalid_request", "/parameters", "parameters are given twice, in `input_data` and beside it"),
+        ("invalid_request", "/parameters", "parameters are given twice; give them once"),
     ),
     (
         {"input_data": "x", "a/b~c": 1},
-        ("unknown_field", "/a~1b~0c", "a name of 5 characters is not known; known are input_data, params"),
+        (
+            "unknown_field",
+            "/a~1b~0c",
+            "a name of 5 characters is not known; known are input_data, parameters, params, task_type",
+        ),
     ),
 ]
 
@@ -436,8 +437,10 @@ def parsed(name: str, value: Any) -> Any:
 
 
 def test_tables_here_name_every_parameter() -> None:
-    tables = {*INTEGERS, *NUMBERS, *BOOLEANS, "stop", "stop_sequences", "output_format", "chat_template"}
-    assert tables == set(PARSER.rules)
+    tables = {*INTEGERS, *NUMBERS, *BOOLEANS, "stop", "stop_token_ids", "output_format", "chat_template"}
+    other_names = {name for name, rule in PARSER.rules.items() if "x-alias-of" in rule}
+    without_effect = {name for name, rule in PARSER.rules.items() if "x-no-effect" in rule}
+    assert tables | other_names | without_effect == set(PARSER.rules)
 
 
 @pytest.mark.parametrize("name", INTEGERS)
@@ -499,7 +502,7 @@ OUT_OF_RANGE = [
     ("logprobs", 21, "must be at most 20, got 21"),
     ("truncate", 0, "must be at least 1, got 0"),
     ("truncate", 1048577, "must be at most 1048576, got 1048577"),
-    ("output_format", "csv", "must be one of `records`, `columns`, `list`, got a string of 3 characters"),
+    ("output_format", "csv", "must be one of `auto`, `records`, `columns`, `list`, got a string of 3 characters"),
 ]
 
 
@@ -511,7 +514,7 @@ def test_value_out_of_range_is_refused(name: str, value: object, rule: str) -> N
 WRONG_TYPES = [
     ("a whole number", INTEGERS, {"10.5": "10.5", "-0.5": "-0.5", '"5"': "a string of 1 character"}),
     ("a number", NUMBERS, {'"0.5"': "a string of 3 characters", '""': "a string of 0 characters"}),
-    ("a boolean", BOOLEANS, {"0": "0", "1": "1", "1.0": "1.0", '"true"': "a string of 4 characters"}),
+    ("a boolean", BOOLEANS, {"0": "0", "1": "1", "1.0": "1.0", '"perhaps"': "a string of 7 characters"}),
     ("a string", ["output_format"], {"0": "0", "[]": "a list of 0"}),
     ("a string or a list of strings", ["stop", "stop_sequences"], {"0": "0", "0.5": "0.5"}),
 ]
@@ -561,7 +564,7 @@ def test_greedy_is_temperature_zero_however_it_is_asked_for() -> None:
 
 # Lists per prompt ----------------------------------------------------------------------------------------------------
 
-PER_PROMPT = {name: rule for name, rule in PARSER.rules.items() if rule.get("x-per-prompt")}
+PER_PROMPT = {n: r for n, r in PARSER.rules.items() if r.get("x-per-prompt") and "x-alias-of" not in r}
 
 
 def test_parameters_that_may_differ_from_prompt_to_prompt() -> None:
@@ -684,19 +687,17 @@ def test_logprobs_need_details() -> None:
 HINTS = {
     "temprature": "temperature",
     "Temperature": "temperature",
-    "max_tokens": "max_new_tokens",
     "max_length": "max_new_tokens",
     "min_tokens": "min_new_tokens",
     "topk": "top_k",
     "topP": "top_p",
     "repeat_penalty": "repetition_penalty",
-    "stop_sequence": "stop_sequences",
+    "stop_sequence": "stop",
     "return_text": "return_full_text",
     "num_sequences": "num_return_sequences",
     "streaming": "stream",
     "maxNewTokens": "max_new_tokens",
     "random_seed": "seed",
-    "n": None,
     "x-per-prompt": None,
 }
 

@@ -107,11 +107,17 @@ def requests(draw: st.DrawFn) -> dict[str, Any]:
             value |= st.lists(value, min_size=n, max_size=n)
         parameters[name] = draw(value | st.none())
     parameters.pop("chat_template", None)  # for messages, and these are texts
-    if parameters.get("stop") is not None:
-        parameters.pop("stop_sequences", None)
+    first_names: set[str] = set()
+    for name in list(parameters):  # a parameter is given under one of its names
+        first_name = PARSER.rules[name].get("x-alias-of", name)
+        if parameters[name] is not None and first_name in first_names:
+            del parameters[name]
+        elif parameters[name] is not None:
+            first_names.add(first_name)
     if parameters.get("logprobs") is not None:
         parameters["details"] = True
     if parameters.get("min_new_tokens") is not None:
+        parameters = {n: v for n, v in parameters.items() if n not in ("max_tokens", "max_gen_len")}
         parameters["max_new_tokens"] = 4096
     body = draw(
         st.sampled_from(

@@ -73,7 +73,7 @@ def test_defaults() -> None:
         "speculate_tokens": 0,
         "deadline_ms": 170_000,
         "deadline_action": "partial",
-        "output_format": "records",
+        "output_format": "auto",
         "max_body_bytes": 16_000_000,
         "max_prompts": 128,
         "max_new_tokens": 4096,
@@ -191,7 +191,7 @@ CHOICES = {
     "MPT_DEVICE": ("auto", "cpu", "cuda"),
     "MPT_DTYPE": ("auto", "bfloat16", "float16", "float32"),
     "MPT_DEADLINE_ACTION": ("partial", "error"),
-    "MPT_OUTPUT_FORMAT": ("records", "columns", "list"),
+    "MPT_OUTPUT_FORMAT": ("auto", "records", "columns", "list"),
     "MPT_CHAT_TEMPLATE": ("auto", "chatml", "dolly", "dolly-30b", "dialogue", "human-bot", "own"),
     "MPT_LOG_LEVEL": ("DEBUG", "INFO", "WARNING", "ERROR"),
 }

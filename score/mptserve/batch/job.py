@@ -15,7 +15,7 @@ from mptserve.batch.progress import Progress
 from mptserve.batch.results import ResultFile
 from mptserve.batch.rows import RowRequests
 from mptserve.batch.summary import Summaries, now
-from mptserve.engine.checkpoint.reading import find_checkpoint, weight_files
+from mptserve.engine.checkpoint.finding import find_checkpoint, weight_files
 from mptserve.errors import BadSetting
 from mptserve.service import Service
 from mptserve.settings import Settings

@@ -20,7 +20,7 @@ from mptserve.request import body_too_large
 
 log = logging.getLogger(__name__)
 
-OPEN = ("/", "/health/live", "/health/ready")
+OPEN = ("/", "/health", "/health/live", "/health/ready")
 """Routes that need no key: the playground, which asks its user for one, and the probes."""
 MAX_HEAD_BYTES = 32_768
 """Most bytes of a request's headers. More is answered 431; uvicorn itself answers 400 when they come in pieces."""
@@ -131,7 +131,10 @@ def _request_id(headers: Headers) -> str:
 
 def _key(headers: Headers) -> str:
     """Return the key as OpenAI's client sends it, or Azure OpenAI's."""
-    scheme, _, token = headers.get("authorization", "").partition(" ")
+    authorization = headers.get("authorization", "").strip()
+    scheme, _, token = authorization.partition(" ")
+    if authorization and not token:
+        return authorization  # the key alone, as Azure's notebooks send it
     return token.strip() if scheme.lower() == "bearer" else headers.get("api-key", "")
 
 

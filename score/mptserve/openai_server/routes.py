@@ -36,13 +36,16 @@ LoadedService = Annotated[AsyncService, Depends(_service)]
 # OpenAI's routes -----------------------------------------------------------------------------------------------------
 
 
-@router.post("/v1/completions", summary="Go on with a text.")
+@router.post("/completions", include_in_schema=False)  # where Azure's clients of catalog models look for it
+@router.post("/v1/completions", summary="Continue a text.")
 async def completions(body: CompletionRequest, request: Request, service: LoadedService) -> Response:
     asked = completion_request(service, body)
     usage = bool(body.stream_options and body.stream_options.include_usage)
     return await _generate(service, asked, AnswerWriter(service, asked, chat=False, usage=usage), request)
 
 
+@router.post("/chat/completions", include_in_schema=False)
+@router.post("/models/chat/completions", include_in_schema=False)
 @router.post("/v1/chat/completions", summary="Answer a conversation.")
 async def chat_completions(body: ChatRequest, request: Request, service: LoadedService) -> Response:
     asked = chat_request(service, body)
@@ -70,6 +73,11 @@ async def model(name: str, service: LoadedService) -> dict[str, Any]:
     if name != service.model_name:
         raise as_error(HTTPException(404, f"the model is {service.model_name}"), "GET")
     return answers.model(service)
+
+
+@router.get("/info", summary="Describe the model as Azure AI's model inference API does.")
+async def info(service: LoadedService) -> dict[str, Any]:
+    return {"model_name": service.model_name, "model_type": "chat_completion", "model_provider_name": "mptserve"}
 
 
 @router.post("/tokenize", summary="Return the token ids of a text, or of the prompt that messages become.")
@@ -106,6 +114,7 @@ async def live(request: Request) -> Response:
     return PlainTextResponse(failure or "live", 503 if failure else 200)
 
 
+@router.get("/health", response_class=PlainTextResponse, include_in_schema=False)
 @router.get("/health/ready", response_class=PlainTextResponse, summary="Whether requests should come here.")
 async def ready(request: Request) -> Response:
     service: AsyncService | None = request.app.state.service

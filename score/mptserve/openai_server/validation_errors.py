@@ -12,7 +12,10 @@ from mptserve.request import count, kind_of, unknown
 
 KNOWN: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
+    "/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/chat/completions": ChatRequest,
+    "/models/chat/completions": ChatRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -57,7 +60,7 @@ def invalid(exc: RequestValidationError, path: str) -> InvalidRequest:
         return InvalidRequest(f"`{where}` is missing", field=where, code="missing_field")
     if kind == "extra_forbidden":
         known = list(KNOWN[path].model_fields) if len(steps) == 1 and path in KNOWN else []
-        text = unknown(str(steps[-1]), known) if known else f"`{field}` is not known"
+        text = unknown(str(steps[-1]), {name: name for name in known}) if known else f"`{field}` is not known"
         return InvalidRequest(text, field=field, code="unknown_parameter")
     code, rule = _rule(kind, context)
     same = [e for e in errors if e["loc"][:2] == first and len(_steps(exc.body, e["loc"])) == len(steps)]
