@@ -48,7 +48,12 @@ def bearer(key: str) -> dict[str, str]:
 
 def test_each_key_opens_every_route_and_no_other_does(locked: OpenAIServer) -> None:
     body = {"prompt": STORY, "max_tokens": 2}
-    for headers in (bearer("first-key"), bearer("second-key"), {"api-key": "second-key"}):
+    for headers in (
+        bearer("first-key"),
+        bearer("second-key"),
+        {"api-key": "second-key"},
+        {"Authorization": "first-key"},  # as Azure's notebooks send it
+    ):
         assert post(locked.port, body, headers, "/v1/completions").status == 200
     for path in (
         "/v1/completions",
@@ -63,7 +68,7 @@ def test_each_key_opens_every_route_and_no_other_does(locked: OpenAIServer) -> N
             reply = post(locked.port, body, headers, path)
             assert (reply.status, reply.json["error"]["code"]) == (401, "invalid_api_key")
             assert reply.headers["www-authenticate"] == "Bearer"
-    assert [get(locked.port, path).status for path in ("/", "/health/live", "/health/ready")] == [200] * 3
+    assert [get(locked.port, path).status for path in ("/", "/health", "/health/live", "/health/ready")] == [200] * 4
 
 
 def test_keys_are_rotated_without_a_restart(tmp_path: Path) -> None:
@@ -111,6 +116,20 @@ def test_score_behaves_as_on_azures_own_server(openai_server: OpenAIServer) -> N
         events = list(stream.events)
     assert (stream.headers["x-accel-buffering"], events[-1].name) == ("no", "done")
     assert "".join(e.data["text"] for e in events[:-1]) == reply.json[0]["0"]
+
+
+def test_azures_routes_answer_as_openais_do(openai_server: OpenAIServer) -> None:
+    """Azure's containers for catalog models have them at the root, its model inference API below /models."""
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3, "seed": 1}
+    text = {"prompt": "Once", "max_tokens": 3, "seed": 1}
+    for path, body in (("/chat/completions", chat), ("/models/chat/completions", chat), ("/completions", text)):
+        openais = "/v1/completions" if path == "/completions" else "/v1/chat/completions"
+        answers = [post(openai_server.port, body, path=p).json["choices"][0] for p in (path, openais)]
+        assert [a.pop("details")["seed"] for a in answers] == [1, 1]
+        assert answers[0] == answers[1]
+        wrong = post(openai_server.port, body | {"temprature": 1}, path=path).json
+        assert wrong["error"]["message"] == "`temprature` is not known; did you mean `temperature`?"
+    assert get(openai_server.port, "/info").json["model_name"] == "mpt-8m"
 
 
 def test_messages_to_score_are_answered_as_azures_chat_task_does(openai_server: OpenAIServer) -> None:
