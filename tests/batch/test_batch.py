@@ -219,7 +219,7 @@ def test_a_sequence_that_fails_is_a_row_error_and_worth_another_run(tmp_path: Pa
             if n == 1:
                 from mptserve.errors import GenerationFailed
 
-                found[0].generation.sequence.finish("error", GenerationFailed("no luck"))
+                found.running[0].sequence.finish("error", GenerationFailed("no luck"))
             return found
 
         running.service.submit = failing  # type: ignore[method-assign]
@@ -340,7 +340,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={"PYTHONPATH": f"{ROOT / 'score'}:{ROOT / 'tests'}", "PATH": "/usr/bin:/bin"},
+        env={"PYTHONPATH": f"{ROOT / 'score'}:{ROOT / 'tests' / 'support'}:{ROOT / 'tools'}", "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout.splitlines()[-1]) < 25_000, "kB beyond what 64 rows took"

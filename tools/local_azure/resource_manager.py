@@ -325,7 +325,7 @@ async def _work(operation: Resource, work: Awaitable[None]) -> None:
 
 async def _unknown(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
     refused = Refused(
-        404, "NotEmulated", f"The local Azure emulator does not know {scope['method']} {scope['original_path']}"
+        404, "NotEmulated", f"the local Azure emulator does not know {scope['method']} {scope['original_path']}"
     )
     await refused.response()(scope, receive, send)
 
