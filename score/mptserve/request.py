@@ -356,8 +356,11 @@ def _with_joined_parts(messages: Located) -> Located:
 
     def joined(message: Any, pointer: str) -> Any:
         content = message.get("content") if isinstance(message, dict) else None
-        if not isinstance(content, list) or not content:
+        if content is None or isinstance(content, str):
             return message
+        if not isinstance(content, list) or not content:
+            at = f"{pointer}/content"
+            _refuse(f"`{at}` must be a string or a list of text parts, got {kind_of(content)}", at, code="wrong_type")
         for i, part in enumerate(content):
             at = f"{pointer}/content/{i}"
             kind = part.get("type", "text") if isinstance(part, dict) else "text"

@@ -127,7 +127,12 @@ class Settings:
     batch_output_dir: str = _setting(
         "AZUREML_BI_OUTPUT_PATH", "", "folder for the results of a batch job; Azure sets it"
     )
-    batch_format: str = _setting("MPT_BATCH_FORMAT", "jsonl", "what a batch job writes", choices=("jsonl", "parquet"))
+    batch_format: str = _setting(
+        "MPT_BATCH_FORMAT",
+        "jsonl",
+        "what a batch job writes; csv: JSON lines, and predictions.csv as Azure's batch notebooks read it",
+        choices=("jsonl", "parquet", "csv"),
+    )
     batch_prompt_column: str = _setting(
         "MPT_BATCH_PROMPT_COLUMN", "", "column of a batch's prompts; empty: `input_string`, `prompt` or `text`"
     )

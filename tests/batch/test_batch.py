@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -114,6 +115,23 @@ def test_parquet_results_hold_the_same_as_json_lines(tmp_path: Path) -> None:
 
 
 # Answers -------------------------------------------------------------------------------------------------------------
+
+
+def test_predictions_csv_is_what_azures_notebooks_read(tmp_path: Path) -> None:
+    write(tmp_path / "in" / "a.jsonl", [{"input_string": 'Once,\n"upon"', "max_new_tokens": 2}, {"input_string": 5}])
+    write(tmp_path / "in" / "sub" / "b.txt", "Once\n")
+    names = ["row_number_per_file", "prediction", "batch_input_file_name"]
+    for _ in range(2):  # the second time nothing is scored again
+        with job(tmp_path / "in", tmp_path / "out", MPT_BATCH_FORMAT="csv") as running:
+            running.run([str(tmp_path / "in" / "a.jsonl"), str(tmp_path / "in" / "sub" / "b.txt")])
+        found = pandas.read_csv(tmp_path / "out" / "predictions.csv", header=None, names=names, keep_default_na=False)
+        lines = [*results(tmp_path / "out", "a.jsonl.jsonl"), *results(tmp_path / "out", "sub/b.txt.jsonl")]
+        assert found.values.tolist() == [
+            [0, lines[0]["output"], "a.jsonl"],
+            [1, "", "a.jsonl"],
+            [0, lines[2]["output"], "b.txt"],
+        ]
+    assert lines[1]["error"]["code"] == "wrong_type"
 
 
 def test_rows_may_have_what_azures_driver_adds_and_openais_names(tmp_path: Path) -> None:

@@ -152,7 +152,12 @@ def test_messages_to_score_are_answered_as_azures_chat_task_does(openai_server: 
     [
         ([{"role": "user"}], "missing_field", "/0", "must have `content`, got an object of 1"),
         ([{"role": "boss", "content": "x"}], "out_of_range", "/0/role", "must be one of `system`, `user`, `assistant`"),
-        ([{"role": "user", "content": 1}], "wrong_type", "/0/content", "must be a string, got 1"),
+        (
+            [{"role": "user", "content": 1}],
+            "wrong_type",
+            "/0/content",
+            "must be a string or a list of text parts, got 1",
+        ),
         ([{"role": "user", "content": "x", "n": 1}], "unknown_field", "/0", "only the fields `role`, `content`"),
         ([{"role": "user", "content": "x"}, "y"], "wrong_type", "/1", "must be an object, got a string of 1 character"),
     ],

@@ -11,6 +11,7 @@ from typing import Any
 import mptserve
 from mptserve.batch.files import InputFile, digest, input_file
 from mptserve.batch.pipeline import BatchPipeline, FileRun
+from mptserve.batch.predictions import write_predictions
 from mptserve.batch.progress import Progress
 from mptserve.batch.results import ResultFile
 from mptserve.batch.rows import RowRequests
@@ -76,6 +77,8 @@ class BatchJob:
     def close(self) -> dict[str, Any]:
         """Stop the engine; write and return the summary of the whole output folder."""
         self.service.engine.close()
+        if self.settings.batch_format == "csv":
+            write_predictions(self._output_dir)
         return self._summaries.write_whole()
 
     def _begin(
@@ -84,7 +87,7 @@ class BatchJob:
         """Yield a run for each file without complete results; opens its result file when the pipeline asks for it."""
         for file in files:
             content = _digest(file.path)
-            path = self._output_dir / f"{file.name}.{self.settings.batch_format}"
+            path = self._output_dir / f"{file.name}.{result_format(self.settings)}"
             earlier_summary = self._summaries.of(file, path, content)
             if earlier_summary is not None:
                 summaries.append(earlier_summary)
@@ -92,7 +95,7 @@ class BatchJob:
                 self.n_kept += 1
                 log.info("results already complete", extra={"numbers": {"rows": earlier_summary["rows"]}})
                 continue
-            run = FileRun(file, content, ResultFile(path, self.settings.batch_format))
+            run = FileRun(file, content, ResultFile(path, result_format(self.settings)))
             open_runs.append(run)
             yield run
 
@@ -120,6 +123,11 @@ def unhurried(settings: Settings) -> Settings:
     return dataclasses.replace(settings, deadline_ms=NO_DEADLINE_MS, queue_limit=1_000_000)
 
 
+def result_format(settings: Settings) -> str:
+    """Return the format of each file's results; `csv` is made of JSON lines at the end of the job."""
+    return "parquet" if settings.batch_format == "parquet" else "jsonl"
+
+
 def what_results_depend_on(settings: Settings) -> dict[str, Any]:
     """Return everything that results depend on; an earlier run's results are kept only when all of it is equal."""
     folder = find_checkpoint(Path(settings.model_dir)).folder
@@ -130,7 +138,7 @@ def what_results_depend_on(settings: Settings) -> dict[str, Any]:
         "mptserve": mptserve.__version__,
         "model": hashlib.blake2b(config + json.dumps(sizes).encode(), digest_size=16).hexdigest(),
         "parameters": settings.default_parameters,
-        "format": settings.batch_format,
+        "format": result_format(settings),
         "prompt_column": settings.batch_prompt_column,
         "seed": settings.batch_seed,
         **{name: getattr(settings, name) for name in names},

@@ -39,6 +39,7 @@ def run_on_ray(files: list[str], root: Path, environ: dict[str, str], workers: i
         import ray.data
     except ImportError as exc:
         raise StartupError("--ray needs Ray: pip install 'mptserve[ray]'") from exc
+    from mptserve.batch.predictions import write_predictions
     from mptserve.batch.summary import Summaries
 
     worker_environ = {name: value for name, value in environ.items() if name.startswith(("MPT_", "AZUREML_"))}
@@ -67,4 +68,7 @@ def run_on_ray(files: list[str], root: Path, environ: dict[str, str], workers: i
     finally:
         if started:
             ray.shutdown()
-    return Summaries(Path(worker_environ["AZUREML_BI_OUTPUT_PATH"]), {}).write_whole()
+    output_dir = Path(worker_environ["AZUREML_BI_OUTPUT_PATH"])
+    if worker_environ.get("MPT_BATCH_FORMAT") == "csv":
+        write_predictions(output_dir)
+    return Summaries(output_dir, {}).write_whole()

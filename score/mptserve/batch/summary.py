@@ -93,14 +93,20 @@ class Summaries:
         Several workers may do this at once. Each lists the summaries again after writing, so the last one counts all.
         """
         while True:
-            paths = sorted(self._folder.rglob("*.json")) if self._folder.is_dir() else []
-            summary = whole([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+            files = read_summaries(self.output_dir)
+            summary = whole(files)
             _write(self.output_dir / WHOLE_JOB, summary)
-            if len(list(self._folder.rglob("*.json"))) == len(paths):
+            if len(read_summaries(self.output_dir)) == len(files):
                 return summary
 
     def _path(self, file: InputFile) -> Path:
         return self._folder / f"{file.name}.json"
+
+
+def read_summaries(output_dir: Path) -> list[dict[str, Any]]:
+    """Return the summaries of all finished files in an output folder, in the order of their names."""
+    paths = sorted((output_dir / FOLDER).rglob("*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
 
 
 def whole(files: list[dict[str, Any]]) -> dict[str, Any]:

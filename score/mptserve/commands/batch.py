@@ -22,7 +22,7 @@ def add_commands(commands: Any, default_model_dir: str) -> None:
         "output", type=Path, help="folder for the results; files with complete results there are skipped"
     )
     batch.add_argument("--model-dir", default=default_model_dir, help="checkpoint folder")
-    batch.add_argument("--format", choices=("jsonl", "parquet"), help="format of the results (MPT_BATCH_FORMAT)")
+    batch.add_argument("--format", choices=("jsonl", "parquet", "csv"), help="format of the results (MPT_BATCH_FORMAT)")
     batch.add_argument("--parameters", metavar="JSON", help="default parameters of the rows (MPT_DEFAULTS)")
     batch.add_argument("--prompt-column", metavar="NAME", help="column with the prompts (MPT_BATCH_PROMPT_COLUMN)")
     batch.add_argument(
