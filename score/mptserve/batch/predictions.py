@@ -13,11 +13,11 @@ NAME = "predictions.csv"
 
 
 def write_predictions(output_dir: Path) -> Path:
-    """Write the file from the results of all files that are done, and return its path.
+    """Write the file from the results of all finished files, and return its path.
 
     Columns: the row's number in its file, the answer, the file's name; no header, as Azure's MLflow batch deployments
-    write it. A failed row has an empty answer; its error is in the JSON lines. Several workers may do this at once. Each lists
-    the results again after writing, so the last one has all.
+    write it. A failed row has an empty answer; its error is in the JSON lines. Several workers may do this at once:
+    each lists the results again after writing, so the last one has all.
     """
     path = output_dir / NAME
     while True:
