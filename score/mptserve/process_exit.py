@@ -1,4 +1,4 @@
-"""Ends the process when its engine cannot go on: whoever runs it starts another."""
+"""Ends the process when its engine cannot continue: gunicorn, the container or the driver starts another."""
 
 import logging
 import os

@@ -126,7 +126,7 @@ class Server:
 
 
 def _check_port(port: int) -> None:
-    """Raise ServerDied unless azmlinfsrv can have `port`: whoever has it would answer our probes in its place."""
+    """Raise ServerDied unless `port` is free: another server on it would answer the probes in azmlinfsrv's place."""
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gunicorn does
         try:
@@ -146,7 +146,7 @@ def why_it_died(lines: list[str]) -> str:
 
 
 def progress_line(line: str) -> str | None:
-    """Return what a line of the server's JSON log tells somebody who waits for it to start, or None."""
+    """Return a line of the server's JSON log as start-up progress for a person, or None where it is none."""
     if not line.startswith("{"):
         return None
     try:

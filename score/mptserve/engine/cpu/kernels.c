@@ -480,11 +480,11 @@ int attend(int rows, int H, int D, int T, int n_slots, const float *q, int64_t q
    running maximum, by which what was summed before is brought down). */
 #define TILE 32
 #define TURNS (TILE / LANES)
-typedef floats lanes[TURNS];
+typedef floats tile_values[TURNS]; /* a number for each query of a tile */
 
 /* sums[c] += in[i * step + c * stride] * x[i] over n i, for COLUMNS c. */
-INLINE void add_products(const float *in, int64_t stride, int64_t step, int n, const lanes *x, lanes *sums) {
-  lanes acc[COLUMNS];
+INLINE void add_products(const float *in, int64_t stride, int64_t step, int n, const tile_values *x, tile_values *sums) {
+  tile_values acc[COLUMNS];
   for (int c = 0; c < COLUMNS; c++)
     for (int t = 0; t < TURNS; t++) acc[c][t] = sums[c][t];
   for (int i = 0; i < n; i++)
@@ -495,24 +495,24 @@ INLINE void add_products(const float *in, int64_t stride, int64_t step, int n, c
 }
 
 /* Queries q [n, D] at positions start … start + n - 1, `q_stride` floats apart, over keys and values [start + n, D] from
-   key `first` on: out [n, D], `out_stride` floats apart.  work: lanes [2 D + 32]. */
+   key `first` on: out [n, D], `out_stride` floats apart.  work: tile_values [2 D + 32]. */
 INLINE void attend_tile(int D, int start, int n, const float *q, int64_t q_stride, const float *keys,
-                        const float *values, int first, float slope, float scale, lanes *work, float *out,
+                        const float *values, int first, float slope, float scale, tile_values *work, float *out,
                         int64_t out_stride) {
-  lanes *turned = work, *y = work + D, *scores = work + 2 * D, most, total;
+  tile_values *turned = work, *y = work + D, *scores = work + 2 * D, most, total;
   ints position[TURNS] = {};
   for (int t = 0; t < TURNS; t++) {
     most[t] = all(-INFINITY), total[t] = (floats){};
     for (int i = 0; i < LANES; i++) position[t][i] = start + t * LANES + i;
   }
-  memset(work, 0, 2 * D * sizeof(lanes));
+  memset(work, 0, 2 * D * sizeof(tile_values));
   for (int i = 0; i < n; i++) /* row by row: rows a power of two apart push each other out of the cache */
     for (int d = 0; d < D; d++) ((float *)turned)[d * TILE + i] = q[i * q_stride + d] * scale;
   for (int from = first; from < start + n; from += TILE) {
     const int count = start + n - from < TILE ? start + n - from : TILE;
-    lanes now, shrink;
+    tile_values now, shrink;
     int grew = 0;
-    memset(scores, 0, TILE * sizeof(lanes));
+    memset(scores, 0, TILE * sizeof(tile_values));
     for (int k = 0; k < count; k += COLUMNS) /* perhaps some keys too many, which count for nothing */
       add_products(keys + (size_t)(from + k) * D, D, 1, D, turned, scores + k);
     for (int t = 0; t < TURNS; t++) now[t] = most[t];
@@ -556,7 +556,7 @@ int attend_tiles(int n_tiles, int H, int D, int T, int n_slots, const float *q, 
     for (int i = 0; i < n_tiles * H; i++) {
       const int64_t *tile = tiles + i / H * 4, token = tile[2];
       const int h = i % H;
-      lanes *work = buffer(5, (2 * D + TILE) * sizeof(lanes));
+      tile_values *work = buffer(5, (2 * D + TILE) * sizeof(tile_values));
       if (!work) {
         failed = 1;
         continue;
