@@ -63,7 +63,7 @@ def check_settings(document: Document) -> Iterator[Problem]:
     good: dict[str, str] = {}
     for key, value in variables.items():
         name = str(key)
-        if not name.startswith("MPT_"):
+        if not name.startswith("MPT_") or value is None:
             continue
         try:
             read_settings({name: str(value)})
