@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from mptserve.check.document import Document, Pointer
 from mptserve.check.problem import Problem
@@ -21,12 +22,17 @@ _COUNTS: tuple[Pointer, ...] = (
 
 def check_counts(document: Document) -> Iterator[Problem]:
     """Yield fractional counts: the SDK drops the fraction without a word, so that 2.9 becomes 2."""
-    for at in _COUNTS:
+    shares = [(key, name) for key in ("traffic", "mirror_traffic") for name in _names(document.get(key))]
+    for at in (*_COUNTS, *shares):
         value = document.get(*at)
         fraction = isinstance(value, float) and not value.is_integer()
         if fraction or (isinstance(value, str) and re.fullmatch(r"-?\d+\.\d*[1-9]\d*", value)):
             message = f"{'.'.join(map(str, at))} is {value}, but must be a whole number"
             yield document.problem(at, "whole-number", message, "write it without a fraction; Azure would cut it off")
+
+
+def _names(value: Any) -> list[str]:
+    return list(value) if isinstance(value, dict) else []
 
 
 def check_versions(document: Document) -> Iterator[Problem]:

@@ -141,6 +141,9 @@ def check_reference(document: Document, *, inside: str = "model") -> Iterator[Pr
         folder = document.folder / path
         if not folder.exists():
             yield _missing(document, (*at, "path"), folder, "folder")
+        elif document.get(*at, "type") == "mlflow_model" and not (folder / "MLmodel").is_file():
+            message = f"{path} is not an MLflow model: it has no file MLmodel"
+            yield document.problem((*at, "type"), "model-type", message, "set type: custom_model")
 
 
 def check_checkpoint(document: Document, *, inside: str = "model") -> Iterator[Problem]:
@@ -239,29 +242,44 @@ def check_our_environment(document: Document, *, inside: str = "environment") ->
         packages, in_conda = _pip_packages(content), _conda_packages(content)
     except (yaml.YAMLError, OSError, ValueError, AttributeError, TypeError):
         return  # check_environment reports it
-    at = (*at, "conda_file")
+    yield from _check_packages(document, (*at, "conda_file"), path.name, packages, in_conda)
+
+
+def _check_packages(
+    document: Document, at: Pointer, file: str, packages: list[str], in_conda: dict[str, str]
+) -> Iterator[Problem]:
+    """packages: pip's lines.  in_conda: conda's own packages with their versions."""
     loose = [line for line in packages if not re.search(r"==|@|^-", line)]
     loose += [] if in_conda.get("python") else ["python"]
     if loose:
-        message = f"{path.name} does not pin {', '.join(loose)}"
+        message = f"{file} does not pin {', '.join(loose)}"
         yield document.problem(at, "conda-pins", message, "pin it with ==VERSION, as conda.yaml does")
     version = tuple(int(part) for part in re.findall(r"\d+", in_conda.get("python", ""))[:2])
     if len(version) == 2 and version < OLDEST_PYTHON:
-        message = f"{path.name} has Python {'.'.join(map(str, version))}, but mptserve needs 3.10 or later"
+        message = f"{file} has Python {'.'.join(map(str, version))}, but mptserve needs 3.10 or later"
         yield document.problem(at, "conda-python", message, "set python=3.11, as conda.yaml does")
-    if "mptserve" in _project_names(packages):
-        message = f"{path.name} installs mptserve: the installed package can take precedence over the uploaded one"
+    names = _project_names(packages) | in_conda.keys()
+    if "mptserve" in names:
+        message = f"{file} installs mptserve: the installed package can take precedence over the uploaded one"
         yield document.problem(at, "conda", message, "remove it; score/ contains the package")
-    if not any(
-        re.fullmatch(r"gcc|gxx|clang|c-compiler|compilers|gcc_linux-64|gxx_linux-64", name) for name in in_conda
-    ):
-        message = (
-            f"{path.name} has no C compiler: the kernels are compiled where they run, and without them the engine "
-        )
-        message += "is slower, or refuses 8- and 4-bit weights"
+    elif absent := [name for name, by in NEEDED.items() if not {name, *by} & names]:
+        message = f"{file} does not install {', '.join(absent)}: the server would not start"
+        yield document.problem(at, "conda-packages", message, "add it, pinned, as in conda.yaml")
+    if not COMPILERS & in_conda.keys():
+        message = f"{file} has no C compiler, and the kernels are compiled where they run: without them the engine is "
+        message += "slower and refuses 8- and 4-bit weights"
         yield document.problem(at, "conda-compiler", message, "add gcc=14.3, as conda.yaml does")
 
 
+COMPILERS = {"gcc", "gxx", "clang", "c-compiler", "compilers", "gcc_linux-64", "gxx_linux-64"}
+NEEDED = {
+    "torch": ("pytorch",),
+    "jsonschema": (),
+    "prometheus-client": ("prometheus_client",),
+    "safetensors": ("transformers", "accelerate"),
+    "tokenizers": ("transformers",),
+}
+"""What every server and batch job imports, and packages that bring it."""
 OLDEST_PYTHON = (3, 10)
 """requires-python of pyproject.toml, which is not uploaded."""
 

@@ -60,7 +60,7 @@ def check_times(document: Document) -> Iterator[Problem]:
     at = ("request_settings", "request_timeout_ms")
     given, timeout = whole(document.get(*at)), _intended_timeout_ms(document)
     deadline = _intended_deadline_ms(document)
-    if document.get(*at) is None:
+    if document.get(*at) is None and document.get("request_settings", "request_timeout") is None:  # the SDK reports it
         wanted = min(max(deadline + 10_000, 60_000), MAX_TIMEOUT_MS)
         message = "request_timeout_ms is missing; Azure's default of 5000 ends a request after 5 s"
         yield document.problem(at, "request-timeout", message, f"set request_timeout_ms: {wanted}")
@@ -200,7 +200,7 @@ def check_insights(document: Document) -> Iterator[Problem]:
     """With Application Insights on, azmlinfsrv logs the text of every answer, and buffers streams to do so."""
     name = "APP_INSIGHTS_LOG_RESPONSE_ENABLED"
     if (
-        str(document.get("app_insights_enabled")).lower() == "true"
+        str(document.get("app_insights_enabled")).lower() in ("true", "yes", "on", "1", "t", "y")  # as the SDK reads it
         and str(env(document, name) or "true").lower() != "false"
     ):
         pointer = env_pointer(name) if env(document, name) is not None else ("app_insights_enabled",)

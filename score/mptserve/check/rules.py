@@ -74,11 +74,13 @@ RULES = {
     "script": "the scoring script is valid Python and defines the functions that Azure calls",
     "script-kind": "an online deployment runs score.py, a batch deployment batch_score.py",
     "model": "the model is set, as a registered one or a folder",
+    "model-type": "a model of type mlflow_model has a file MLmodel",
     "model-checkpoint": "the model's folder has one MPT checkpoint that the engine supports",
     "environment": "the environment is set",
     "environment-image": "an environment has an image, and a conda file or a server",
     "conda": "the conda file is valid and does not install this package",
     "conda-python": "the conda file has a Python that this package supports",
+    "conda-packages": "the conda file has what the server imports",
     "conda-compiler": "the conda file has a C compiler for the kernels",
     "conda-pins": "the conda file pins its packages",
     "conda-host": "the conda file installs Azure's server, or its batch driver",
@@ -139,7 +141,7 @@ _ANY_DEPLOYMENT: tuple[Rule, ...] = (
 )
 
 BY_KIND: dict[str, tuple[Rule, ...]] = {
-    "online endpoint": (check_online_endpoint,),
+    "online endpoint": (check_counts, check_online_endpoint),
     "online deployment": (
         *_ANY_DEPLOYMENT,
         check_instance_type,

@@ -63,7 +63,11 @@ def check_settings(document: Document) -> Iterator[Problem]:
     good: dict[str, str] = {}
     for key, value in variables.items():
         name = str(key)
-        if not name.startswith("MPT_") or value is None:
+        if not name.upper().startswith("MPT_") or value is None:
+            continue
+        if name not in known and name.upper() in known:
+            message = f"{name} has no effect: the setting is {name.upper()}"
+            yield document.problem((*at, name), "setting-unknown", message, f"write {name.upper()}")
             continue
         try:
             read_settings({name: str(value)})
