@@ -8,8 +8,9 @@ Checks each file with Microsoft's loader (loader.py) and with this package's rul
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from mptserve.check.document import Document, NotReadable, read_document
+from mptserve.check.document import Document, NotReadable, Pointer, read_document
 from mptserve.check.loader import SdkMissing, load_with_sdk
+from mptserve.check.placeholders import find_placeholder, placeholder_in_text
 from mptserve.check.problem import Problem
 from mptserve.check.rules import BY_KIND, RULES
 
@@ -37,7 +38,9 @@ def check_file(path: Path, changes: Mapping[str, str] | None = None, *, sdk: boo
     try:
         document = read_document(path, changes)
     except NotReadable as exc:
-        return [exc.problem]
+        return [placeholder_in_text(path) or exc.problem]
+    if document.kind not in (None, "other") and (placeholder := find_placeholder(document)):
+        return [placeholder]
     problems = [
         Problem(path, line, "duplicate-key", f"`{key}` occurs twice", "keep one: the last one would count")
         for line, key in document.duplicates
@@ -51,11 +54,28 @@ def check_file(path: Path, changes: Mapping[str, str] | None = None, *, sdk: boo
     return sorted(p for p in set(problems) if (p.path, p.line, p.rule) not in document.allowed)
 
 
-def _check(document: Document, kind: str, sdk: bool) -> Iterator[Problem]:
+def _check(document: Document, kind: str, sdk: bool) -> list[Problem]:
+    """Return what the rules and the loader find; what both find once, by the rule, which says how to correct it."""
+    problems = [problem for rule in BY_KIND[kind] for problem in rule(document)]
     if sdk:
-        yield from load_with_sdk(document)
-    for rule in BY_KIND[kind]:
-        yield from rule(document)
+        problems += [refused for at, refused in load_with_sdk(document) if not _said(document, at, refused, problems)]
+    return problems
+
+
+def _said(document: Document, at: Pointer, refused: Problem, problems: list[Problem]) -> bool:
+    """Whether a rule already reports what the loader refuses at a pointer.
+
+    The loader refuses an object whose file is missing for whatever its other forms would need.
+    """
+    if document.location(*at) == document.location():
+        return any(
+            at and (p.path, p.line) == (refused.path, refused.line) and str(at[-1]) in p.message for p in problems
+        )
+    inside = {place for pointer, place in document.locations.items() if pointer[:1] == at[:1]}
+    return any(
+        (p.path, p.line) == (refused.path, refused.line) or (p.rule == "file-missing" and (p.path, p.line) in inside)
+        for p in problems
+    )
 
 
 def _is_conda(path: Path) -> bool:

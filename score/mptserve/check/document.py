@@ -31,6 +31,15 @@ OTHER_KINDS = ("kubernetesOnline", "pipeline", "command", "data", "schedule", "c
 """Schemas of Azure ML for things that this package does not deploy; such files are not checked."""
 
 
+def whole(value: Any) -> int | None:
+    """Return the value if it is a whole number, also as text as az's `--set` passes it, else None."""
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 class NotReadable(Exception):
     """The file cannot be parsed; `problem` says where and why."""
 

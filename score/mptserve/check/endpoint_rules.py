@@ -53,7 +53,7 @@ def _traffic(document: Document) -> Iterator[Problem]:
             yield document.problem(
                 ("traffic", name), "traffic", f"{share} % is not between 0 and 100 %", "set 0 to 100"
             )
-    if traffic and sum(traffic.values()) not in (0, 100):
+    if all(0 <= share <= 100 for share in traffic.values()) and sum(traffic.values()) not in (0, 100):
         total = sum(traffic.values())
         yield document.problem(
             ("traffic",),

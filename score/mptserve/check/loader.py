@@ -12,6 +12,7 @@ import yaml
 
 from mptserve.check.document import Document, Pointer
 from mptserve.check.problem import Problem
+from mptserve.check.program import is_modern_batch
 
 _REFERENCE = "https://learn.microsoft.com/azure/machine-learning/reference-yaml"
 _PAGES = {
@@ -28,17 +29,29 @@ _INSTALL = "pip install 'azure-ai-ml>=1.30,<2' 'azureml-inference-server-http>=1
 """Both in one command: azure-ai-ml alone would install a newer OpenTelemetry than the server supports."""
 
 
+_FROM_COMMAND_LINE = {
+    "online deployment": {"name": "name", "endpoint_name": "endpoint"},
+    "batch deployment": {"name": "name", "endpoint_name": "endpoint", "compute": "azureml:cluster"},
+}
+"""What `az ml … create` takes as options or by --set, so that a file may leave it out (compute: batch_rules.py)."""
+
+
 class SdkMissing(Exception):
     """azure-ai-ml is not installed."""
 
 
-def load_with_sdk(document: Document) -> Iterator[Problem]:
-    """Yield what azure-ai-ml refuses in the document, with the line; raises SdkMissing.
+def load_with_sdk(document: Document) -> Iterator[tuple[Pointer, Problem]]:
+    """Yield what azure-ai-ml refuses in the document, and where; raises SdkMissing.
 
     The loader gets the merged values, with overlays and `--set`, and the base's folder for relative paths.
     """
     load = _loader(document)
-    text = io.StringIO(yaml.safe_dump(document.value, sort_keys=False))
+    value = document.value
+    if document.kind in ("online deployment", "batch deployment"):
+        value = value | {
+            name: text for name, text in _FROM_COMMAND_LINE[document.kind].items() if value.get(name) is None
+        }
+    text = io.StringIO(yaml.safe_dump(value, sort_keys=False))
     try:
         with _quiet():
             load(text, relative_origin=str(document.folder / document.path.name))
@@ -47,7 +60,7 @@ def load_with_sdk(document: Document) -> Iterator[Problem]:
     except Exception as exc:  # marshmallow's exceptions, its own, and plain Exception
         fix = f"see {_REFERENCE}-{_PAGES[str(document.kind)]}"
         for pointer, message in _complaints(exc, document):
-            yield document.problem(pointer, "azure-sdk", f"azure-ai-ml refuses it: {message}", fix)
+            yield pointer, document.problem(pointer, "azure-sdk", f"azure-ai-ml refuses it: {message}", fix)
 
 
 def _loader(document: Document) -> Any:
@@ -62,7 +75,7 @@ def _loader(document: Document) -> Any:
             from azure.ai.ml.entities._load_functions import load_model_batch_deployment
     except ImportError as exc:
         raise SdkMissing(f"azure-ai-ml is not installed: {_INSTALL}") from exc
-    modern = "settings" in document.value or document.value.get("type") == "model"
+    modern = is_modern_batch(document)
     return {
         "online endpoint": ml.load_online_endpoint,
         "online deployment": ml.load_online_deployment,

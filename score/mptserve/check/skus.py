@@ -74,11 +74,14 @@ class Fit:
         return self.tokens >= min(_MIN_TOKENS, self.context)
 
 
-def fit(config: MPTConfig, sku: Sku, dtype: str) -> Fit:
-    """Return how `config` in `dtype` fits `sku`, calculated as in the engine's preflight."""
-    kv_bytes = BYTES[dtype] if sku.gpu else 4  # keys and values are float32 on a CPU
+def fit(config: MPTConfig, sku: Sku, dtype: str, *, quant: str | None = None, kv_int8: bool = False) -> Fit:
+    """Return how `config` in `dtype` fits `sku`, calculated as in the engine's preflight.
+
+    quant: "int8" or "int4" when the weights are quantized while loading; None: as the checkpoint stores them.
+    """
+    kv_bytes = (1 if kv_int8 else BYTES[dtype]) if sku.gpu else 4  # keys and values are float32 on a CPU
     return Fit(
-        weight_bytes(config, config.quant, BYTES[dtype]) / 1e9,
+        weight_bytes(config, quant or config.quant, BYTES[dtype]) / 1e9,
         config.kv_bytes_per_token(kv_bytes) / 1e9,
         sku.usable_gb,
         config.max_seq_len,
