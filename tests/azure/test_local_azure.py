@@ -176,10 +176,10 @@ def test_mirror_copies_some_requests_and_nobody_sees_its_answers(emulator: Emula
     ("traffic", "mirror", "message"),
     [
         ({"blue": 60, "green": 30}, {}, "must add up to 0 or 100, got 90"),
-        ({"red": 100}, {}, "'red', which is no deployment"),
-        ({"blue": 100}, {"green": 60}, "may be 50 percent, got 60"),
+        ({"red": 100}, {}, "'red', which is not a deployment"),
+        ({"blue": 100}, {"green": 60}, "must be 50 percent or less, got 60"),
         ({"blue": 90, "green": 10}, {"green": 10}, "'green' cannot have live and mirrored traffic"),
-        ({"blue": 100}, {"red": 10}, "'red', which is no deployment"),
+        ({"blue": 100}, {"red": 10}, "'red', which is not a deployment"),
     ],
 )
 def test_traffic_that_makes_no_sense_is_refused(
@@ -211,11 +211,9 @@ def test_blobs_come_back_as_they_went_in_also_in_blocks(emulator: Emulator) -> N
         assert not box.get_blob_client("folder/large.bin").exists()
 
 
-def test_calls_that_the_desk_does_not_know_say_so(emulator: Emulator) -> None:
-    with pytest.raises(
-        ResourceNotFoundError, match=r"the local Azure emulator does not know GET \S+/schedules/nightly"
-    ):
-        emulator.client.schedules.get("nightly")
+def test_requests_that_the_emulator_does_not_know_are_refused_by_name(emulator: Emulator) -> None:
+    with pytest.raises(ResourceNotFoundError, match=r"The local Azure emulator does not emulate GET \S+/featuresets\b"):
+        list(emulator.client.feature_sets.list())
 
 
 def test_batch_endpoints_are_kept(emulator: Emulator) -> None:
