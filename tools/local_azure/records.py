@@ -50,7 +50,8 @@ class Records:
         add("GET", "/models/{name}", self.get_registry_model, registry)
         add("GET", "/models/{name}/versions", self.list_registry_versions, registry)
         add("GET", "/models/{name}/versions/{version}", self.get_registry_version, registry)
-        for method in ("PUT", "POST", "DELETE"):
+        add("GET", "/{path:path}", self.no_registry_asset, registry)
+        for method in ("PUT", "POST", "PATCH", "DELETE"):
             add(method, "/{path:path}", self.refuse_registry_change, registry)
 
     async def delete(self, request: Request) -> Response:
@@ -89,7 +90,9 @@ class Records:
         if properties.get("computeType") != "AmlCompute":
             kind = properties.get("computeType")
             raise Refused(
-                400, "NotEmulated", f"compute.begin_create_or_update: the emulator has only AmlCompute, no {kind}"
+                400,
+                "NotEmulated",
+                f"compute.begin_create_or_update, compute.begin_attach: only AmlCompute is emulated, no {kind}",
             )
         properties["properties"] = (properties.get("properties") or {}) | {"currentNodeCount": 0}
         resource = resource_of(request, properties, body)
@@ -176,6 +179,9 @@ class Records:
         if (name, version) not in REGISTRY_MODELS:
             raise Refused(404, "ResourceNotFound", f"the emulator's registry has no model {name!r}, version {version}")
         return JSONResponse(_version(name, version))
+
+    async def no_registry_asset(self, request: Request) -> Response:
+        raise Refused(404, "ResourceNotFound", f"the emulator's registry has only models, no {_path(request)}")
 
     async def refuse_registry_change(self, request: Request) -> Response:
         what = _path(request).partition("/registries/")[2]

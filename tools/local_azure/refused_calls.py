@@ -13,7 +13,7 @@ from local_azure.resource_manager import GROUP, WORKSPACE, Handler, ResourceMana
 LOCATION = "/subscriptions/{sub}" + PROVIDER + "/locations/{location}"
 REGISTRY = GROUP + PROVIDER + "/registries/{registry}"
 CALLS = {
-    "workspaces.begin_update": ("PATCH", WORKSPACE, ""),
+    "workspaces.begin_create or workspaces.begin_update": ("PATCH", WORKSPACE, ""),
     "workspaces.begin_delete": ("DELETE", WORKSPACE, ""),
     "workspaces.begin_diagnose": ("POST", WORKSPACE, "/diagnose"),
     "workspaces.begin_sync_keys": ("POST", WORKSPACE, "/resynckeys"),

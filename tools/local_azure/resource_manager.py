@@ -12,7 +12,7 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route, Router
+from starlette.routing import Match, Route
 
 from local_azure.errors import Refused
 from local_azure.online import new_key
@@ -41,11 +41,11 @@ class ResourceManager:
         self.workspaces: dict[str, Resource] = {}
         self.calls: list[str] = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self._router = Router(self.routes(), default=_unknown)
+        self._routes = self.routes()
 
     def add(self, method: str, path: str, handler: Handler, scope: str = WORKSPACE) -> None:
         """Add a route below the workspace, or another scope."""
-        self._router.routes.append(Route(scope + path, _guarded(handler), methods=[method]))
+        self._routes.append(Route(scope + path, _guarded(handler), methods=[method]))
 
     def routes(self) -> list[Route]:
         """Return the routes; the first match answers."""
@@ -92,7 +92,15 @@ class ResourceManager:
         self.calls.append(f"{scope['method']} {scope['path']}")
         # the SDK sends some calls to the service behind the resource manager (MFE_PATH_PREFIX); the paths are the same
         path = scope["path"].removeprefix("/mferp/managementfrontend")
-        await self._router(dict(scope, path=path.lower(), original_path=path), receive, send)
+        scope = dict(scope, path=path.lower(), original_path=path)
+        for route in self._routes:
+            match, found = route.matches(scope)
+            if match is Match.FULL:
+                await route.handle({**scope, **found}, receive, send)
+                return
+        what = f"{scope['method']} {scope['original_path']}"
+        refused = Refused(404, "NotEmulated", f"The local Azure emulator does not emulate {what}")
+        await refused.response()(scope, receive, send)
 
     # Workspace, datastore --------------------------------------------------------------------------------------------
 
@@ -350,13 +358,6 @@ async def _work(operation: Resource, work: Awaitable[None]) -> None:
         operation.update(status="Failed", error={"code": exc.code, "message": str(exc)})
     except Exception as exc:  # a bug of the emulator; without an answer the caller would wait forever
         operation.update(status="Failed", error={"code": "InternalServerError", "message": repr(exc)})
-
-
-async def _unknown(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-    refused = Refused(
-        404, "NotEmulated", f"The local Azure emulator does not emulate {scope['method']} {scope['original_path']}"
-    )
-    await refused.response()(scope, receive, send)
 
 
 def _guarded(handler: Handler) -> Handler:
