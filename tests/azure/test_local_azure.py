@@ -1,8 +1,12 @@
 """The local Azure emulator behaves as Azure's documents say: keys, traffic, probes, operations, by the real SDK."""
 
+import ast
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +20,8 @@ import requests
 from azure.core.exceptions import HttpResponseError, ResourceNotFoundError
 
 from azure_emulator import Emulator, Load, emulator_in, write_parrot
-from serving import eventually
+from local_azure.azure import RESOURCE_GROUP, SUBSCRIPTION, WORKSPACE
+from serving import PATIENCE_S, ROOT, eventually
 
 pytestmark = pytest.mark.long
 
@@ -211,11 +216,9 @@ def test_blobs_come_back_as_they_went_in_also_in_blocks(emulator: Emulator) -> N
         assert not box.get_blob_client("folder/large.bin").exists()
 
 
-def test_calls_that_the_emulator_does_not_know_say_so(emulator: Emulator) -> None:
-    with pytest.raises(
-        ResourceNotFoundError, match=r"the local Azure emulator does not know GET \S+/schedules/nightly"
-    ):
-        emulator.client.schedules.get("nightly")
+def test_requests_that_the_emulator_does_not_know_are_refused_by_name(emulator: Emulator) -> None:
+    with pytest.raises(ResourceNotFoundError, match=r"The local Azure emulator does not emulate GET \S+/featuresets\b"):
+        list(emulator.client.feature_sets.list())
 
 
 def test_batch_endpoints_are_kept(emulator: Emulator) -> None:
@@ -344,3 +347,36 @@ def test_application_insights_gets_telemetry_where_the_deployment_asks_for_it(
     assert emulator.post(parrot, {}, deployment="watched").status_code == 200
     emulator.client.online_deployments.begin_delete("watched", parrot).result()  # it sends the rest when it ends
     assert len(emulator.azure.telemetry) > before
+
+
+# A user's script
+
+
+@pytest.mark.slow
+def test_script_written_from_the_sdks_documentation_runs(emulator: Emulator, tmp_path: Path) -> None:
+    """tests/support/deploy_with_sdk.py, in a process of its own, from the repository's root."""
+    script = ROOT / "tests" / "support" / "deploy_with_sdk.py"
+    left = sorted(e.name for e in emulator.client.online_endpoints.list())
+    ran = subprocess.run(
+        [sys.executable, str(script), SUBSCRIPTION, RESOURCE_GROUP, WORKSPACE, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "score")},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S * 3,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    said = dict(re.findall(r"^\.*([a-z]+): (.*)$", ran.stdout, flags=re.MULTILINE))  # the SDK prints a dot per poll
+    assert json.loads(said.pop("answer"))[0]["0"].startswith("the meaning of life is")
+    assert "predictions.csv" in said.pop("results")
+    assert {"mpt-online", *left} == set(ast.literal_eval(said.pop("endpoints")))
+    assert left == sorted(ast.literal_eval(said.pop("left")))
+    assert said == {
+        "deployments": "['blue']",
+        "log": "True",
+        "default": "scoring",
+        "completed": "True",
+        "jobs": "[True]",
+        "steps": "[('batchscoring', 'Completed')]",
+        "canceled": "True",
+    }

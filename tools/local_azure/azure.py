@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import jwt
 import trustme
 import uvicorn
 from starlette.applications import Starlette
@@ -17,9 +18,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from local_azure.batch_resources import BatchJobs
+from local_azure import refused_calls
+from local_azure.batch_resources import BatchEndpoints
 from local_azure.frontend import Frontend
+from local_azure.jobs import Jobs
 from local_azure.online_resources import OnlineResources
+from local_azure.pipeline_jobs import PipelineJobs
+from local_azure.records import Records
 from local_azure.resource_manager import ResourceManager
 from local_azure.storage import Storage
 
@@ -55,7 +60,11 @@ class LocalAzure:
         self.storage = Storage(self.root / "storage")
         self.online = OnlineResources(self.root, self.storage, insights)
         self.manager = ResourceManager(self.url, self.online)
-        self.batch = BatchJobs(self.url, self.root, self.manager, self.online)
+        self.records = Records(self.url, self.manager)
+        self.jobs = Jobs(self.url, self.root, self.manager, self.online)
+        self.batch = BatchEndpoints(self.jobs, self.records)
+        PipelineJobs(self.jobs, self.records)
+        refused_calls.add_to(self.manager)
         self._server = uvicorn.Server(self._config())
         self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),), name="local azure emulator")
 
@@ -89,6 +98,7 @@ class LocalAzure:
         """
         return {
             "ARM_CLOUD_METADATA_URL": f"{self.url}/metadata/endpoints?api-version=2019-05-01",
+            "REGISTRY_DISCOVERY_ENDPOINT_URL": self.url + "/",
             "REQUESTS_CA_BUNDLE": str(self.ca),
             "IDENTITY_ENDPOINT": f"{self.url}/identity/token",
             "IDENTITY_HEADER": self.identity_header,
@@ -112,7 +122,7 @@ class LocalAzure:
             app.router.routes[:0] = frontend.routes  # created here: its HTTP client belongs to this event loop
             yield
             await frontend.close()
-            await self.batch.close()
+            await self.jobs.close()
             await self.online.close()
 
         routes = [
@@ -121,6 +131,8 @@ class LocalAzure:
             Route("/telemetry/{path:path}", self._telemetry, methods=["POST"]),
             *self.storage.routes,
             *self.batch.routes,
+            *self.jobs.routes,
+            *self.records.routes,
             Mount("/", self._manager),
         ]
         app = Starlette(routes=routes, lifespan=lifespan)
@@ -143,9 +155,11 @@ class LocalAzure:
     async def _identity(self, request: Request) -> Response:
         if request.headers.get("x-identity-header") != self.identity_header:
             return JSONResponse({"error": "invalid_request"}, 400)
-        token = secrets.token_urlsafe(24)
-        self.entra_tokens.add(token)
         resource = request.query_params.get("resource", "")
+        # the SDK reads the claims `aud` and `tid` of its token before it creates a job (`_job_operations.py`)
+        claims = {"aud": resource, "tid": "local", "jti": secrets.token_urlsafe(24)}
+        token = jwt.encode(claims, secrets.token_urlsafe(32), algorithm="HS256")
+        self.entra_tokens.add(token)
         answer = {"access_token": token, "expires_on": "4102444800", "token_type": "Bearer"}
         return JSONResponse(answer | {"resource": resource})
 

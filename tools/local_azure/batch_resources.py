@@ -1,15 +1,13 @@
-"""Jobs of batch endpoints: invocation, status, and download of the results.
+"""Batch endpoints: an invocation becomes a job with the deployment's code, model and settings.
 
-An invocation runs the parallel driver (parallel_driver.py) on this machine, with the deployment's code, model and
-settings. Results are in the workspace's container, below azureml/JOB/score. The SDK's requests are from the source of
-azure.ai.ml 1.35: `operations/_batch_endpoint_operations.py` (invoke), `_job_operations.py` (download of a
-"batchrun"), `_run_operations.py` (run history), `_dataset_dataplane_operations.py`.
+The SDK's requests are from the source of azure.ai.ml 1.35: `operations/_batch_endpoint_operations.py` and
+`_batch_deployment_operations.py` (invoke, list_jobs), `_schema/_deployment/batch/batch_job.py` (an invocation's body).
 """
 
 import asyncio
 import os
-import re
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,102 +17,109 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from local_azure.errors import Refused
-from local_azure.online_resources import OnlineResources
+from local_azure.jobs import Job, Jobs, child_name
 from local_azure.parallel_driver import ParallelDriver, ParallelJob
-from local_azure.resource_manager import ResourceManager
+from local_azure.records import Records
+from local_azure.resource_manager import name_in_path, resource_of
 
-RUNS = (
-    "/history/v1.0/subscriptions/{sub}/resourceGroups/{group}/providers/Microsoft.MachineLearningServices"
-    "/workspaces/{workspace}"
-)
-URIS = RUNS.replace("history", "data") + "/dataversion/batchGetResolvedUris"
-CHILD = "-batchscoring"
-"""Azure's job is a pipeline with one step, "batchscoring"; the results are the step's output "score"."""
+STEP, OUTPUT = "batchscoring", "score"
+"""The names of the step and of its output, which the SDK's `jobs.download` looks for."""
 
 
-class BatchJobs:
-    """The batch jobs by name, and the routes for them."""
+class BatchEndpoints:
+    """The routes for invocations and for the jobs that come from them."""
 
-    def __init__(self, url: str, root: Path, manager: ResourceManager, online: OnlineResources) -> None:
-        self.url, self.root, self.manager, self.online = url, root, manager, online
-        self.drivers: dict[str, ParallelDriver] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.routes = [
-            Route("/discovery", self.discovery),
-            Route("/batch/{endpoint}/jobs", self.invoke, methods=["POST"]),
-            Route(RUNS + "/runs/{run}/children", self.children),
-            Route(RUNS + "/rundata", self.run_data, methods=["POST"]),
-            Route(URIS, self.resolved_uris, methods=["POST"]),
-        ]
+    def __init__(self, jobs: Jobs, records: Records) -> None:
+        self.jobs, self.manager, self.online = jobs, jobs.manager, jobs.online
+        self.routes = [Route("/batch/{endpoint}/jobs", self.invoke, methods=["POST"])]
+        batch = "/batchendpoints/{endpoint}"
+        self.records = records
+        for path in (batch, batch + "/deployments/{name}"):
+            self.manager.add("PUT", path, self.put)
+            self.manager.add("DELETE", path, self.delete)
+        self.manager.add("GET", batch + "/jobs", self.list_jobs)
+        self.manager.add("GET", batch + "/deployments/{name}/jobs", self.list_jobs)
 
-    async def close(self) -> None:
-        """Cancel all running jobs and wait for their end."""
-        for driver in self.drivers.values():
-            driver.cancel()
-        await asyncio.gather(*self._tasks)
+    async def put(self, request: Request) -> Response:
+        """Store an endpoint or a deployment; a job is the first to run it."""
+        id_, body = str(request.scope["original_path"]), await request.json()
+        known = self.manager.resources.get(id_.lower())
+        properties = dict(body.get("properties") or {}, provisioningState="Succeeded")
+        if "/deployments/" in id_:
+            self.manager.find(id_.rpartition("/deployments/")[0])
+            self.records.check_cluster(id_, properties.get("compute") or "")
+        else:
+            # An endpoint has `defaults` from the start: Azure's samples set `endpoint.defaults.deployment_name`.
+            properties["defaults"] = {"deploymentName": None} | (properties.get("defaults") or {})
+            if default := properties["defaults"]["deploymentName"]:
+                self.manager.find(f"{id_}/deployments/{default}")  # that Azure refuses an unknown one is ASSUMED
+            properties["scoringUri"] = f"{self.jobs.url}/batch/{name_in_path(request)}/jobs"
+        resource = resource_of(request, properties, body)
+        self.manager.resources[resource["id"].lower()] = resource
+        return self.manager.accepted(resource, 200 if known else 201, asyncio.sleep(0))
 
-    async def discovery(self, _: Request) -> Response:
-        return JSONResponse({"api": self.url, "history": self.url, "data": self.url})
+    async def delete(self, request: Request) -> Response:
+        """Delete an endpoint with its deployments, or a deployment; the jobs stay."""
+        id_ = self.manager.find(str(request.scope["original_path"]))["id"].lower()
+        for key in [key for key in self.manager.resources if key == id_ or key.startswith(id_ + "/")]:
+            del self.manager.resources[key]
+        return self.manager.accepted(None, 202, asyncio.sleep(0))
+
+    async def list_jobs(self, request: Request) -> Response:
+        at = request.path_params
+        self.manager.find(str(request.scope["original_path"]).rpartition("/")[0])
+        return JSONResponse({"value": self.jobs.of_endpoint(at["endpoint"], at.get("name", ""))})
 
     async def invoke(self, request: Request) -> Response:
         """Start a job and answer with its resource."""
         try:
-            name = f"batchjob-{uuid.uuid4()}"
-            endpoint = self._resource(f"/batchendpoints/{request.path_params['endpoint'].lower()}")
-            deployment_name = request.headers.get("azureml-model-deployment")
-            deployment_name = deployment_name or (endpoint["properties"].get("defaults") or {}).get("deploymentName")
+            endpoint = self.manager.find_ending(f"batchendpoints/{request.path_params['endpoint']}")
+            default = (endpoint["properties"].get("defaults") or {}).get("deploymentName")
+            deployment_name = request.headers.get("azureml-model-deployment") or default
             if not deployment_name:
                 raise Refused(400, "BadRequest", "the endpoint has no default deployment, and the request names none")
-            deployment = self._resource(
-                f"{endpoint['id'].partition('/workspaces/')[2].partition('/')[2]}/deployments/{deployment_name}".lower()
-            )
+            deployment = self.manager.find(f"{endpoint['id']}/deployments/{deployment_name}")
             invocation = (await request.json())["properties"]
-            job = self._job(name, deployment["properties"], self._input(invocation))
+            resource = self.jobs.start(self._job(endpoint, deployment, invocation))
         except Refused as exc:
             return exc.response()
-        id_ = endpoint["id"].partition("/batchEndpoints/")[0] + f"/jobs/{name}"
-        properties = {
-            "jobType": "Pipeline",
-            "status": "Running",
-            "displayName": name,
-            "experimentName": endpoint["name"],
-            # the SDK's download() then looks for the step's output (`is_batch_job`)
-            "tags": {"azureml.batchrun": "true"},
-            "properties": {},
-            "services": {"Studio": {"endpoint": f"{self.url}/studio/{name}", "jobServiceType": "Studio"}},
-            "jobs": {},
-            "inputs": {},
-            "outputs": {},
-            "settings": {},
-        }
-        resource = {"id": id_, "name": name, "type": "jobs", "properties": properties}
-        self.manager.resources[id_.lower()] = resource
-        self.drivers[name] = ParallelDriver(job)
-        task = asyncio.create_task(self._run(name, properties))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
         return JSONResponse(resource, 201)
 
-    async def _run(self, name: str, properties: dict[str, Any]) -> None:
-        outcome = await asyncio.to_thread(self.drivers[name].run)
-        properties["status"] = outcome.status
-        properties["properties"]["reason"] = outcome.reason
+    def _job(self, endpoint: dict[str, Any], deployment: dict[str, Any], invocation: dict[str, Any]) -> Job:
+        if unknown := sorted(invocation.keys() - {"inputData", "name", "properties"}):
+            raise Refused(400, "NotEmulated", f"the emulator does not take {unknown} for one invocation")
+        name = invocation.get("name") or f"batchjob-{uuid.uuid4()}"
+        self.jobs.check_new(name)
+        child = child_name(name, STEP)
+        parallel = self._parallel_job(child, deployment["properties"], self._input(invocation))
+        properties = {
+            "displayName": name,
+            "experimentName": (invocation.get("properties") or {}).get("experimentName") or endpoint["name"],
+            "tags": {"azureml.batchrun": "true"},  # the SDK's download() then looks for the step's output
+        }
+        id_ = endpoint["id"].partition("/batchEndpoints/")[0] + f"/jobs/{name}"
+        resource = {"id": id_, "name": name, "type": "jobs", "properties": properties}
+        outputs = {OUTPUT: f"azureml/{child}/{OUTPUT}/"}
+        return Job(
+            resource, STEP, ParallelDriver(parallel), outputs, endpoint=endpoint["name"], deployment=deployment["name"]
+        )
 
-    def _job(self, name: str, properties: dict[str, Any], input_dir: Path) -> ParallelJob:
+    def _parallel_job(self, child: str, properties: dict[str, Any], input_dir: Path) -> ParallelJob:
         """Return the job for a deployment's resource; defaults are those of the YAML reference."""
         code = properties.get("codeConfiguration") or {}
         if not code.get("codeId"):
             raise Refused(400, "MissingDriverProgram", "a deployment of a custom model needs a code_configuration")
         settings = (properties.get("deploymentConfiguration") or {}).get("settings") or properties
         retry = settings.get("retrySettings") or {}
-        work_dir = self.root / "jobs" / name
+        work_dir = self.jobs.root / "jobs" / child
         timeout = retry.get("timeout")
         appends = str(settings.get("outputAction") or "AppendRow").lower().replace("_", "") == "appendrow"
         return ParallelJob(
-            script=self._code(code["codeId"]) / code["scoringScript"],
+            script=self.online.code(code["codeId"], self.manager.resources) / code["scoringScript"],
             input_dir=input_dir,
-            output_dir=self.online.storage.folder("workspace", f"azureml/{name}/score"),
+            output_dir=self.online.storage.folder("workspace", f"azureml/{child}/{OUTPUT}"),
             work_dir=work_dir,
+            log_dir=self.jobs.log_dir(child),
             environment_variables=dict(
                 properties.get("environmentVariables") or settings.get("environmentVariables") or {}
             ),
@@ -129,9 +134,6 @@ class BatchJobs:
             output_file_name=settings.get("outputFileName") or "predictions.csv",
         )
 
-    def _code(self, code_id: str) -> Path:
-        return self.online.code(code_id, self.manager.resources)
-
     def _model(self, model: Any, work_dir: Path) -> Path | None:
         """Return a folder that contains the model, as Azure mounts it."""
         id_ = (model.get("assetId") or "") if isinstance(model, dict) else (model or "")
@@ -143,49 +145,9 @@ class BatchJobs:
         os.symlink(model_path, folder / model_path.name)
         return folder
 
-    def _input(self, invocation: dict[str, Any]) -> Path:
+    def _input(self, invocation: Mapping[str, Any]) -> Path:
         """Return the folder of the invocation's input, a datastore path or a data asset."""
         inputs = list((invocation.get("inputData") or {}).values())
         if len(inputs) != 1:
             raise Refused(400, "BadRequest", f"a model deployment takes one input, got {len(inputs)}")
-        uri = str(inputs[0].get("uri") or inputs[0].get("assetId") or "")
-        if "/data/" in uri:
-            uri = str(
-                self._resource(uri.partition("/workspaces/")[2].partition("/")[2].lower())["properties"]["dataUri"]
-            )
-        path = re.search(r"/paths/(.+)$", uri)
-        folder = self.online.storage.folder("workspace", path[1].rstrip("/")) if path else None
-        if folder is None or not folder.exists():
-            raise Refused(400, "BadRequest", "the input does not exist in the workspace's datastore")
-        if folder.is_file():  # uri_file: the job has one file
-            job_folder = self.root / "inputs" / uuid.uuid4().hex
-            job_folder.mkdir(parents=True)
-            os.symlink(folder, job_folder / folder.name)
-            return job_folder
-        return folder
-
-    def _resource(self, end: str) -> dict[str, Any]:
-        end = "/" + end.lstrip("/")
-        for id_, resource in self.manager.resources.items():
-            if id_.endswith(end):
-                return resource
-        raise Refused(404, "ResourceNotFound", f"there is no {end}")
-
-    # Run history, for download() -------------------------------------------------------------------------------
-
-    async def children(self, request: Request) -> Response:
-        run = request.path_params["run"]
-        child = {"runId": run + CHILD, "parentRunId": run, "status": "Completed", "runType": "azureml.StepRun"}
-        return JSONResponse({"value": [child | {"properties": {}, "tags": {}}]})
-
-    async def run_data(self, request: Request) -> Response:
-        run = (await request.json())["runId"]
-        outputs = {"score": {"assetId": run, "type": "uri_folder"}} if run.endswith(CHILD) else {}
-        return JSONResponse({"runMetadata": {"runId": run, "status": "Completed", "outputs": outputs}})
-
-    async def resolved_uris(self, request: Request) -> Response:
-        ids, at = (await request.json())["values"], request.path_params
-        workspace = f"subscriptions/{at['sub']}/resourcegroups/{at['group']}/workspaces/{at['workspace']}"
-        store = f"azureml://{workspace}/datastores/workspaceblobstore/paths/azureml/"
-        values = {id_: {"uri": f"{store}{id_.removesuffix(CHILD)}/score/", "type": "uri_folder"} for id_ in ids}
-        return JSONResponse({"values": values})
+        return self.jobs.input_folder(str(inputs[0].get("uri") or inputs[0].get("assetId") or ""))

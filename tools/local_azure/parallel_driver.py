@@ -36,6 +36,8 @@ class ParallelJob:
     input_dir: Path
     output_dir: Path
     work_dir: Path
+    log_dir: Path | None = None  # default: work_dir / "logs"
+    program_arguments: tuple[str, ...] = ()
     environment_variables: Mapping[str, str] = field(default_factory=dict)
     model_dir: Path | None = None
     input_name: str = "prompts"
@@ -87,14 +89,19 @@ class WorkerProcess:
 
     def __init__(self, job: ParallelJob, number: int) -> None:
         reading, writing = os.pipe()
-        logs = job.work_dir / "logs" / "user" / "stdout"
-        logs.mkdir(parents=True, exist_ok=True)
+        logs = (job.log_dir or job.work_dir / "logs") / "user" / "stdout"
+        for folder in (logs, job.work_dir):
+            folder.mkdir(parents=True, exist_ok=True)
         env = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "AZUREML_BI_OUTPUT_PATH": str(job.output_dir)}
         if job.model_dir is not None:
             env["AZUREML_MODEL_DIR"] = str(job.model_dir)
         with (logs / f"process{number:03}.txt").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(WORKER), str(writing), str(job.script), "--node_index", "0"],
+                [
+                    *(sys.executable, str(WORKER), str(writing), str(job.script)),
+                    *job.program_arguments,
+                    *("--node_index", "0"),
+                ],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -170,6 +177,7 @@ class ParallelDriver:
         threads = [threading.Thread(target=self._work, args=(n,)) for n in range(n_processes)]
         if not batches:
             return self._end("Failed", "the input has no files")
+        self._say(f"{len(batches)} mini-batches of up to {job.mini_batch_size} files for {n_processes} processes")
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -266,6 +274,7 @@ class ParallelDriver:
             self.outcome.failed_items += n_failed
             self.outcome.succeeded_items += len(batch.files) - n_failed
             self._n_open -= 1
+            self.outcome.log.append(f"mini-batch {batch.number}: {len(batch.files)} files, {n_failed} failed")
             n_failed, last = self.outcome.failed_items, self._n_open == 0
         if 0 <= self.job.error_threshold < n_failed:
             self._end("Failed", f"{n_failed} failed items are more than the error threshold {self.job.error_threshold}")
@@ -285,6 +294,7 @@ class ParallelDriver:
         with self._lock:
             if self.outcome.status == "Running":
                 self.outcome.status, self.outcome.reason = status, reason
+                self.outcome.log.append(f"{status}: {reason}" if reason else status)
             stopping = status != "Completed"
             workers = list(self._workers.values())
         if stopping:
