@@ -11,11 +11,12 @@ import pytest
 pytest.importorskip("azure.ai.ml", reason="needs azure-ai-ml: pip install -e '.[azure]'")
 
 from azure.ai.ml import Input, load_batch_endpoint, load_job
+from azure.ai.ml.entities import Model
 from azure.ai.ml.entities._load_functions import load_model_batch_deployment, load_schedule
 
 from azure_emulator import Emulator, emulator_in
 from batches import places, results, write
-from serving import PATIENCE_S, ROOT
+from serving import MODEL_DIR, PATIENCE_S, ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the SDK's own, about marshmallow
 
@@ -108,3 +109,20 @@ def test_specs_say_what_the_documents_say() -> None:
     )
     schedule = load_schedule(BATCH / "schedule.yml")
     assert (schedule.trigger.expression, schedule.create_job.display_name) == ("0 2 * * *", "mpt-batch")
+
+
+@pytest.mark.slow
+def test_the_pipeline_job_of_the_repository_runs(emulator: Emulator, tmp_path: Path) -> None:
+    """endpoint/batch/job.yml with other prompts, another model and less memory; the rest is as it is on Azure."""
+    model = Model(name="mpt-7b", version="1", path=str(MODEL_DIR), type="custom_model")
+    emulator.client.models.create_or_update(model)
+    path = write(tmp_path / "prompts" / "one.txt", "Once upon a time\n")
+    changes = {"inputs.prompts.path": str(Path(path).parent), "jobs.score.environment_variables.MPT_KV_CACHE_GB": "0.2"}
+    job = load_job(BATCH / "job.yml", params_override=[{k: v} for k, v in changes.items()])
+    started = emulator.client.jobs.create_or_update(job)
+    emulator.client.jobs.stream(started.name)
+    emulator.client.jobs.download(started.name, download_path=tmp_path / "out", output_name="results")
+    (found,) = (tmp_path / "out" / "named-outputs" / "results").glob("one.txt.jsonl")
+    assert results(found.parent, found.name)[0]["error"] is None
+    [step] = emulator.client.jobs.list(parent_job_name=started.name)
+    assert (step.display_name, step.status) == ("score", "Completed")
