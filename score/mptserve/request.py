@@ -245,15 +245,31 @@ def request_schema(settings: Settings) -> dict[str, Any]:
 
 
 def openapi_parameters(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return `schema` with what `x-per-prompt` and null mean spelled out in plain JSON Schema."""
+    """Return `schema` in plain JSON Schema: with lists per prompt, strings for booleans, and null."""
     schema = deepcopy(schema)
     for name, rule in schema["$defs"]["parameters"]["properties"].items():
         notes = {key: rule.pop(key) for key in ("description", "default") if key in rule}
-        forms = [*rule.get("anyOf", [rule]), {"type": "null"}]
-        if rule.pop("x-per-prompt", False):
-            forms.insert(1, {"type": "array", "items": dict(rule)})
-        schema["$defs"]["parameters"]["properties"][name] = notes | {"anyOf": forms}
+        per_prompt = rule.pop("x-per-prompt", False)
+        forms = list(rule.get("anyOf", [rule]))
+        if words := _boolean_words(rule):
+            forms.append({"type": "string", "pattern": _in_any_case(words)})
+        if per_prompt:
+            each = forms[0] if len(forms) == 1 else {"anyOf": forms}
+            forms.insert(1, {"type": "array", "items": deepcopy(each)})
+        schema["$defs"]["parameters"]["properties"][name] = notes | {"anyOf": [*forms, {"type": "null"}]}
     return schema
+
+
+def _boolean_words(rule: dict[str, Any]) -> list[str]:
+    """Return the strings that a boolean parameter takes for true and false; none for other parameters."""
+    taken = (True, False) if rule.get("type") == "boolean" else rule.get("enum", ())
+    return [word for word, value in BOOLEANS.items() if any(choice is value for choice in taken)]
+
+
+def _in_any_case(words: list[str]) -> str:
+    """Return a regular expression for the words in upper and lower case; JSON Schema knows no flags."""
+    spelled = ["".join(f"[{c}{c.upper()}]" if c.isalpha() else c for c in word) for word in words]
+    return f"^({'|'.join(spelled)})$"
 
 
 def body_too_large(n_bytes: int, limit: int) -> TooLarge:
@@ -306,7 +322,7 @@ def dialect(body: Any) -> Body:
         beside = ["params", "parameters"] if key == "input_data" else ["parameters"]
     _only(body, {key, "task_type", *beside, *(("stream",) if key == "inputs" else ())}, "")
     for place, at in ((body, ""), (inner, f"/{key}")):
-        if isinstance(place, dict) and place.get("task_type") not in (None, *TASKS):
+        if isinstance(place, dict) and "task_type" in place and place["task_type"] not in TASKS:
             _refuse(
                 f"`task_type` must be one of {', '.join(f'`{t}`' for t in TASKS)}: this server generates text",
                 f"{at}/task_type",

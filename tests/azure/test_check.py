@@ -479,7 +479,7 @@ MISTAKES: list[Mistake] = [
     ("batch.yml", "mini_batch_size: 1", "mini_batch_size: 1.5", "mini_batch_size", "whole-number"),
     ("batch.yml", "instance_count: 2", "instance_count: 0", "instance_count", "batch-count"),
     ("batch.yml", "azureml:mpt-7b:1", "azureml:mpt-7b", "model:", "asset-version"),
-    ("batch.yml", "MPT_DTYPE: bfloat16", "MPT_DEFAULTS: '{\"n\": 1}'", "MPT_DEFAULTS", "setting-value"),
+    ("batch.yml", "MPT_DTYPE: bfloat16", "MPT_DEFAULTS: '{\"nn\": 1}'", "MPT_DEFAULTS", "setting-value"),
     ("batch.yml", "MPT_DTYPE: bfloat16", "MPT_API_KEYS_FILE: /keys", "MPT_API_KEYS_FILE", "setting-server"),
     ("batch.yml", "MPT_DTYPE: bfloat16", "AZUREML_MODEL_DIR: /model", "AZUREML_MODEL_DIR", "env-reserved"),
     (

@@ -22,7 +22,8 @@ SECRET = "zxqj"
 NOT_IN_A_SCHEMA = [
     " as a list needs one value per prompt (",
     "`min_new_tokens` must be at most `max_new_tokens` (",
-    "`stop` and `stop_sequences` are the same; give one",
+    " are the same; give one",
+    "parameters are given twice; give them once",
     "`logprobs` are part of the details; ask for `details` too",
     " is half of a surrogate pair",
     "`chat_template` is for messages",
