@@ -257,8 +257,8 @@ def openapi_parameters(schema: dict[str, Any]) -> dict[str, Any]:
             each = forms[0] if len(forms) == 1 else {"anyOf": forms}
             forms.insert(1, {"type": "array", "items": deepcopy(each)})
         schema["$defs"]["parameters"]["properties"][name] = notes | {"anyOf": [*forms, {"type": "null"}]}
-    words = {"type": "string", "pattern": _in_any_case(list(BOOLEANS))}
-    schema["$defs"]["switch"] = {"anyOf": [{"type": "boolean"}, words, {"type": "null"}]}
+    spelled = {"type": "string", "pattern": _in_any_case(list(BOOLEANS))}
+    schema["$defs"]["switch"] = {"anyOf": [{"type": "boolean"}, spelled, {"type": "null"}]}
     return schema
 
 
