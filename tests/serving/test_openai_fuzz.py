@@ -35,6 +35,7 @@ OPERATIONS = [
     ("POST", "/v1/chat/completions"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{name}"),
+    ("GET", "/info"),
     ("POST", "/tokenize"),
     ("POST", "/detokenize"),
     ("POST", "/score"),
