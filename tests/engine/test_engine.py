@@ -12,7 +12,18 @@ import torch
 from tokenizers import Tokenizer
 from transformers import MptForCausalLM
 
-from engines import CACHES, COMPILED, Tiny, all_logits, generate, load_tiny, make_engine, needs_kernels, random_ids
+from engines import (
+    CACHES,
+    COMPILED,
+    Tiny,
+    all_logits,
+    alone_and_churning,
+    generate,
+    load_tiny,
+    make_engine,
+    needs_kernels,
+    random_ids,
+)
 from mptserve.engine import Job, MPTEngine, SamplingParams
 from mptserve.engine.checkpoint.config import read_config
 from mptserve.engine.sampling import derived_seed
@@ -78,16 +89,7 @@ def test_a_row_in_a_churning_batch_of_16_equals_the_row_alone(any_dtype: Tiny) -
         (random_ids(1 + 13 * i % 170, seed=i), sampled(i, max_new_tokens=5 + 7 * i % 60, temperature=float(i % 3)))
         for i in range(60)
     ]
-    alone = make_engine(any_dtype.model, max_rows=1)
-    expected = [generate(alone, prompt, **params) for prompt, params in jobs]
-    alone.close()
-    busy = make_engine(any_dtype.model, max_rows=16, prefill_tokens=64)
-    running = []
-    for prompt, params in jobs:
-        running += busy.submit_all([Job(prompt, SamplingParams(**params))])
-        time.sleep(0.002)
-    found = [[t.id for t in g.result().out] for g in running]
-    busy.close()
+    expected, found = alone_and_churning(any_dtype.model, jobs, max_rows=16)
     assert found == expected
 
 

@@ -1,6 +1,5 @@
 """8-bit and 4-bit weights: their errors, whole models of them, and what is refused."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import CPU, all_logits, generate, load_tiny, make_engine, needs_kernels, random_ids
-from mptserve.engine import Job, SamplingParams
+from engines import CPU, all_logits, alone_and_churning, load_tiny, needs_kernels, random_ids
 from mptserve.engine.checkpoint.config import parse_config
 from mptserve.engine.checkpoint.reading import WeightReader
 from mptserve.engine.cpu.linear import CompiledLinear
@@ -94,16 +92,8 @@ def test_a_row_in_a_churning_batch_equals_the_row_alone(method: str, tmp_path: P
         )
         for i in range(16)
     ]
-    alone = make_engine(model, max_rows=1)
-    expected = [generate(alone, prompt, **params) for prompt, params in jobs]
-    alone.close()
-    busy = make_engine(model, n_blocks=20, max_rows=8, prefill_tokens=64)  # tight: some have to make room
-    running = []
-    for prompt, params in jobs:
-        running += busy.submit_all([Job(prompt, SamplingParams(**params))])
-        time.sleep(0.002)
-    found = [[t.id for t in g.result().out] for g in running]
-    busy.close()
+    # A tight cache: some rows have to make room.
+    expected, found = alone_and_churning(model, jobs, n_blocks=20, max_rows=8)
     assert found == expected
 
 

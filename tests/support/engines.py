@@ -1,6 +1,7 @@
 """Engines on tiny random checkpoints, and helpers for their tests."""
 
 import math
+import time
 from dataclasses import dataclass
 from itertools import count, pairwise
 from pathlib import Path
@@ -140,6 +141,26 @@ def rounding(config: MPTConfig, expected: Tensor) -> float:
 def generate(engine: MPTEngine, prompt: list[int], **params: Any) -> list[int]:
     """Return the generated ids of one sequence alone."""
     return [t.id for t in engine.submit_all([Job(prompt, SamplingParams(**params))])[0].result().out]
+
+
+def alone_and_churning(
+    model: MPT, jobs: list[tuple[list[int], dict[str, Any]]], **options: Any
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the generated ids of each job (prompt ids, parameters), run alone and in a batch that rows join and leave.
+
+    options: `make_engine`'s, for the batch.
+    """
+    one = make_engine(model, max_rows=1)
+    alone = [generate(one, prompt, **params) for prompt, params in jobs]
+    one.close()
+    busy = make_engine(model, prefill_tokens=64, **options)
+    running = []
+    for prompt, params in jobs:
+        running += busy.submit_all([Job(prompt, SamplingParams(**params))])
+        time.sleep(0.002)
+    churning = [[t.id for t in generation.result().out] for generation in running]
+    busy.close()
+    return alone, churning
 
 
 def fix_drafts(monkeypatch: pytest.MonkeyPatch, truth: list[int], n_right: int, then: int = 1, every: int = 1) -> None:
